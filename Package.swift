@@ -1,0 +1,69 @@
+// swift-tools-version: 6.2
+import PackageDescription
+
+let settings: [SwiftSetting] = [
+    .swiftLanguageMode(.v6),
+    .treatAllWarnings(as: .error),
+    .enableUpcomingFeature("ExistentialAny"),
+    .enableUpcomingFeature("NonisolatedNonsendingByDefault"),
+]
+
+/// One target per box of docs/architecture.md; arrows go down only.
+func box(_ name: String, _ dependencies: [Target.Dependency] = []) -> Target {
+    .target(name: name, dependencies: dependencies, swiftSettings: settings)
+}
+
+func tests(_ name: String, _ dependencies: [Target.Dependency] = []) -> Target {
+    .testTarget(
+        name: "\(name)Tests", dependencies: [.byName(name: name)] + dependencies,
+        swiftSettings: settings)
+}
+
+let package = Package(
+    name: "merino",
+    products: [
+        .executable(name: "merino", targets: ["merino"])
+    ],
+    dependencies: [
+        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2")
+    ],
+    targets: [
+        // C libraries, Debian's -dev packages.
+        .systemLibrary(name: "CLiburing"),
+        .systemLibrary(name: "CGnuTLS"),
+        .systemLibrary(name: "CZlib"),
+        .systemLibrary(name: "CZstd"),
+
+        // Pure: no I/O, no Foundation.
+        box("BlockCore"),
+        box("QMP", ["BlockCore"]),
+        box("NBDProtocol", ["BlockCore"]),
+        box("BlockTLS", ["BlockCore", "CGnuTLS"]),
+
+        // The engine.
+        box(
+            "BlockIO",
+            ["BlockCore", .target(name: "CLiburing", condition: .when(platforms: [.linux]))]),
+        box("BlockGraph", ["BlockIO", "QMP"]),
+        box("BlockProtocols", ["BlockGraph"]),
+        box("BlockFormats", ["BlockGraph", "CZlib", "CZstd"]),
+        box("BlockFilters", ["BlockGraph"]),
+        box("BlockExports", ["BlockGraph", "NBDProtocol", "BlockTLS"]),
+        box("BlockTesting", ["BlockGraph"]),
+
+        // What people drive it with.
+        box(
+            "StorageDaemon",
+            ["BlockExports", "BlockProtocols", "BlockFormats", "BlockFilters"]),
+        box("ImageTools", ["BlockProtocols", "BlockFormats", "BlockFilters"]),
+        .executableTarget(
+            name: "merino",
+            dependencies: [
+                "StorageDaemon", "ImageTools",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            swiftSettings: settings),
+
+        tests("BlockCore"),
+    ]
+)

@@ -1,0 +1,1 @@
+// Nodes, edges, roles, permissions, drain, transactions.

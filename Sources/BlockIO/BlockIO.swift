@@ -1,0 +1,1 @@
+// Engines, threads, files, sockets, timers.

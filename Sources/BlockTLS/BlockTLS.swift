@@ -1,0 +1,1 @@
+// TLS for block protocols, over memory: records in, records out.

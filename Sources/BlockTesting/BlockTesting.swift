@@ -1,0 +1,1 @@
+// Simulated disk, shadow model, conformance suite.

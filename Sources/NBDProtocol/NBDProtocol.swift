@@ -1,0 +1,1 @@
+// The NBD protocol as codecs and state machines: pure, no I/O.

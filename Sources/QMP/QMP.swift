@@ -1,0 +1,1 @@
+// JSON values, options and the QMP wire protocol: pure, no I/O.

@@ -1,0 +1,5 @@
+@main struct Merino {
+    static func main() {
+        print("merino")
+    }
+}
