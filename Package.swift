@@ -34,6 +34,9 @@ let package = Package(
         .systemLibrary(name: "CZlib"),
         .systemLibrary(name: "CZstd"),
 
+        // Linux calls that Swift's C library module leaves out.
+        .target(name: "CLinux"),
+
         // Pure: no I/O, no Foundation.
         box("BlockCore"),
         box("QMP", ["BlockCore"]),
@@ -43,7 +46,11 @@ let package = Package(
         // The engine.
         box(
             "BlockIO",
-            ["BlockCore", .target(name: "CLiburing", condition: .when(platforms: [.linux]))]),
+            [
+                "BlockCore",
+                .target(name: "CLinux", condition: .when(platforms: [.linux])),
+                .target(name: "CLiburing", condition: .when(platforms: [.linux])),
+            ]),
         box("BlockGraph", ["BlockIO", "QMP"]),
         box("BlockProtocols", ["BlockGraph"]),
         box("BlockFormats", ["BlockGraph", "CZlib", "CZstd"]),
@@ -65,5 +72,6 @@ let package = Package(
             swiftSettings: settings),
 
         tests("BlockCore"),
+        tests("BlockIO"),
     ]
 )

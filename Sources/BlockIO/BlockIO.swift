@@ -1,1 +1,0 @@
-// Engines, threads, files, sockets, timers.

@@ -1,0 +1,204 @@
+import BlockCore
+
+#if canImport(Glibc)
+import Glibc
+#elseif canImport(Musl)
+import Musl
+#elseif canImport(Darwin)
+import Darwin
+#endif
+
+/// An open file or block device on one ``IOThread``. Confined to that thread.
+///
+/// Reads and writes are whole: short transfers are continued. What the page cache can serve goes
+/// without a trip through the engine; where that keeps failing or stalling, it is left off for a
+/// while.
+public final class File: @unchecked Sendable {
+    public let thread: IOThread
+    public let handle: IOHandle
+    public let path: String
+    /// Past the page cache.
+    public let isDirect: Bool
+    private var reads = ImmediatePolicy()
+    private var writes = ImmediatePolicy()
+    private var isClosed = false
+
+    /// A buffered write that takes longer than this waits for the disk: the thread must not.
+    private static let slowWriteNanoseconds: UInt64 = 2_000_000
+
+    private init(thread: IOThread, handle: IOHandle, path: String, isDirect: Bool) {
+        self.thread = thread
+        self.handle = handle
+        self.path = path
+        self.isDirect = isDirect
+    }
+
+    /// Opens `path` for use on `thread`, which the caller is on.
+    public static func open(
+        _ path: String, _ options: FileOptions, on thread: IOThread
+    ) async throws(BlockError) -> File {
+        thread.preconditionOnThread()
+        let system = thread.system
+        let handle = try await thread.offload { () throws(BlockError) in
+            try system.open(path, options)
+        }
+        return File(thread: thread, handle: handle, path: path, isDirect: options.direct)
+    }
+
+    /// Closes the file once. What was not synchronised is not made durable by this.
+    public func close() async {
+        guard !isClosed else { return }
+        isClosed = true
+        let (system, handle) = (thread.system, handle)
+        await thread.offload { system.close(handle) }
+    }
+
+    // MARK: Data
+
+    /// Reads until `vector` is full or the file ends.
+    ///
+    /// - Returns: bytes read; less than `vector.count` only at the end of the file.
+    public func read(_ vector: IOVector, at offset: Int) async throws(BlockError) -> Int {
+        var done = 0
+        if !isDirect, reads.mayTry {
+            let result = thread.engine.readNow(handle, vector, offset: offset)
+            reads.note(succeeded: result == vector.count)
+            if let result {
+                if result == vector.count || result == 0 { return result }
+                if result < 0 { throw failure("read", offset, result) }
+                done = result
+            }
+        }
+        while done < vector.count {
+            let rest = done == 0 ? vector : vector.slice(done, vector.count - done)
+            let result = await thread.perform(.read(handle, rest, offset: offset + done))
+            if result == 0 { break }
+            if result == -Int(EINTR) || result == -Int(EAGAIN) { continue }
+            if result < 0 { throw failure("read", offset + done, result) }
+            done += result
+        }
+        return done
+    }
+
+    /// Writes all of `vector`. `durable`: it is on stable storage on return.
+    public func write(
+        _ vector: IOVector, at offset: Int, durable: Bool = false
+    ) async throws(BlockError) {
+        var done = 0
+        if !isDirect, !durable, writes.mayTry {
+            let start = thread.now
+            if let result = thread.engine.writeNow(handle, vector, offset: offset) {
+                writes.note(succeeded: thread.now &- start < Self.slowWriteNanoseconds)
+                if result < 0 { throw failure("write", offset, result) }
+                done = result
+            }
+        }
+        while done < vector.count {
+            let rest = done == 0 ? vector : vector.slice(done, vector.count - done)
+            let result = await thread.perform(
+                .write(handle, rest, offset: offset + done, durable: durable))
+            if result == -Int(EINTR) || result == -Int(EAGAIN) { continue }
+            if result < 0 { throw failure("write", offset + done, result) }
+            guard result > 0 else {
+                throw BlockError(
+                    .noSpace, "cannot write '\(path)' at offset \(offset + done): nothing was taken"
+                )
+            }
+            done += result
+        }
+    }
+
+    /// Makes what was written before durable.
+    public func synchronize(dataOnly: Bool = true) async throws(BlockError) {
+        while true {
+            let result = await thread.perform(.synchronize(handle, dataOnly: dataOnly))
+            if result >= 0 { return }
+            if result != -Int(EINTR) {
+                throw .system("cannot sync '\(path)'", Int32(truncatingIfNeeded: -result))
+            }
+        }
+    }
+
+    /// Reserves, zeroes or gives back space.
+    ///
+    /// - Throws: `unsupported` where the file system or device cannot do it.
+    public func allocate(_ mode: AllocationMode, _ range: ByteRange) async throws(BlockError) {
+        while true {
+            let result = await thread.perform(.allocate(handle, mode, range))
+            if result >= 0 { return }
+            if result != -Int(EINTR) { throw failure("\(mode)", range.offset, result) }
+        }
+    }
+
+    // MARK: Metadata
+
+    public func status() async throws(BlockError) -> FileStatus {
+        let (system, handle) = (thread.system, handle)
+        return try await thread.offload { () throws(BlockError) in try system.status(of: handle) }
+    }
+
+    public func setSize(_ size: Int) async throws(BlockError) {
+        let (system, handle) = (thread.system, handle)
+        do throws(BlockError) {
+            try await thread.offload { () throws(BlockError) in
+                try system.setSize(of: handle, size)
+            }
+        } catch {
+            throw error.doing("'\(path)'")
+        }
+    }
+
+    /// Whether `offset` holds data, and where that run of data or hole ends.
+    ///
+    /// - Returns: `nil` when the file ends at or before `offset`.
+    public func extent(at offset: Int) async throws(BlockError) -> (isData: Bool, end: Int)? {
+        // Quick: the file system answers from its extent tree in memory.
+        let system = thread.system
+        guard let data = try system.nextData(in: handle, from: offset) else {
+            let end = try system.status(of: handle).size
+            return end > offset ? (false, end) : nil
+        }
+        if data > offset { return (false, data) }
+        return (true, try system.nextHole(in: handle, from: offset))
+    }
+
+    /// Takes or drops a lock; see ``IOSystem/lock(_:_:_:)``.
+    public func lock(_ range: ByteRange, _ kind: LockKind) throws(BlockError) -> Bool {
+        try thread.system.lock(handle, range, kind)
+    }
+
+    public func canLock(_ range: ByteRange, _ kind: LockKind) throws(BlockError) -> Bool {
+        try thread.system.canLock(handle, range, kind)
+    }
+
+    private func failure(_ verb: String, _ offset: Int, _ result: Int) -> BlockError {
+        .system("cannot \(verb) '\(path)' at offset \(offset)", Int32(truncatingIfNeeded: -result))
+    }
+}
+
+/// Whether to try an operation at once: yes, until it failed several times in a row; then again
+/// after a while.
+struct ImmediatePolicy {
+    private var failures = 0
+    private var pause = 0
+
+    var mayTry: Bool {
+        mutating get {
+            if pause == 0 { return true }
+            pause -= 1
+            return false
+        }
+    }
+
+    mutating func note(succeeded: Bool) {
+        if succeeded {
+            failures = 0
+            return
+        }
+        failures += 1
+        if failures >= 4 {
+            failures = 3
+            pause = 64
+        }
+    }
+}

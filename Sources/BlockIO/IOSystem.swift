@@ -1,0 +1,110 @@
+import BlockCore
+
+/// How a file is opened.
+public struct FileOptions: Sendable, Equatable {
+    public var writable: Bool
+    /// Past the page cache (`O_DIRECT`).
+    public var direct: Bool
+    /// Create it, empty, when it is not there.
+    public var create: Bool
+    /// With `create`: an existing file is an error.
+    public var exclusive: Bool
+    /// Cut an existing file to nothing.
+    public var truncate: Bool
+
+    public init(
+        writable: Bool, direct: Bool = false, create: Bool = false, exclusive: Bool = false,
+        truncate: Bool = false
+    ) {
+        self.writable = writable
+        self.direct = direct
+        self.create = create
+        self.exclusive = exclusive
+        self.truncate = truncate
+    }
+}
+
+/// What the system knows of an open file.
+public struct FileStatus: Sendable, Equatable {
+    public enum Kind: Sendable { case regular, blockDevice, characterDevice, directory, other }
+    public var kind: Kind
+    /// In bytes; of a block device, its capacity.
+    public var size: Int
+    /// Space taken on the storage below, in bytes; 0 where it is not known.
+    public var allocatedBytes: Int
+    /// The unit that direct I/O must be aligned to, offset and memory; 1 without direct I/O.
+    public var directAlignment: Int
+    /// Names the file whatever its path: two handles on one file have the same.
+    public var identity: FileIdentity
+
+    public init(
+        kind: Kind, size: Int, allocatedBytes: Int, directAlignment: Int, identity: FileIdentity
+    ) {
+        self.kind = kind
+        self.size = size
+        self.allocatedBytes = allocatedBytes
+        self.directAlignment = directAlignment
+        self.identity = identity
+    }
+}
+
+public struct FileIdentity: Hashable, Sendable {
+    public var device: UInt64
+    public var inode: UInt64
+    public init(device: UInt64, inode: UInt64) {
+        self.device = device
+        self.inode = inode
+    }
+}
+
+/// What a byte-range lock asks for.
+public enum LockKind: Sendable { case shared, exclusive, none }
+
+/// The calls that are not asynchronous anywhere: they may block, and run on worker threads
+/// (``IOThread/offload(_:)``) unless they are known to be quick.
+public protocol IOSystem: Sendable {
+    func open(_ path: String, _ options: FileOptions) throws(BlockError) -> IOHandle
+    func close(_ handle: IOHandle)
+    func status(of handle: IOHandle) throws(BlockError) -> FileStatus
+    func setSize(of handle: IOHandle, _ size: Int) throws(BlockError)
+    /// The first data at or after `offset`; `nil` when there is none.
+    func nextData(in handle: IOHandle, from offset: Int) throws(BlockError) -> Int?
+    /// The first hole at or after `offset`; the end of the file is one.
+    func nextHole(in handle: IOHandle, from offset: Int) throws(BlockError) -> Int
+    func remove(_ path: String) throws(BlockError)
+    /// Makes the entries of a directory durable: after creating or renaming a file in it.
+    func synchronizeDirectory(_ path: String) throws(BlockError)
+    func rename(_ path: String, to newPath: String) throws(BlockError)
+
+    /// Takes or drops an open-file-description lock on a byte range without waiting.
+    ///
+    /// - Returns: `true` when it was granted, `false` when another holder refuses it.
+    func lock(_ handle: IOHandle, _ range: ByteRange, _ kind: LockKind) throws(BlockError) -> Bool
+    /// Whether a lock could be taken.
+    func canLock(_ handle: IOHandle, _ range: ByteRange, _ kind: LockKind) throws(BlockError)
+        -> Bool
+    /// Other processes that have the file open, as `"name (pid 123)"`; what the system lets us see.
+    func holders(of identity: FileIdentity) -> [String]
+
+    /// A listening socket, bound to `address`.
+    func listen(_ address: SocketAddress, backlog: Int32) throws(BlockError) -> IOHandle
+    /// A socket that can be connected to `address`.
+    func socket(for address: SocketAddress) throws(BlockError) -> IOHandle
+    /// The address that a socket is bound to.
+    func localAddress(of handle: IOHandle) throws(BlockError) -> SocketAddress
+    /// Makes an inherited socket non-blocking and close-on-exec.
+    func adopt(_ handle: IOHandle) throws(BlockError)
+    /// Ends both directions; pending operations complete.
+    func shutdown(_ handle: IOHandle)
+    /// What every connected TCP socket gets: no delay, keep-alive.
+    func prepareConnection(_ handle: IOHandle)
+}
+
+/// Where a socket listens or connects to; names are resolved already.
+public enum SocketAddress: Hashable, Sendable {
+    /// A Unix socket's path; `abstract` names have no file.
+    case unix(path: String, abstract: Bool = false)
+    case ipv4(address: UInt32, port: UInt16)
+    case ipv6(address: [UInt8], port: UInt16, scope: UInt32 = 0)
+    case vsock(cid: UInt32, port: UInt32)
+}

@@ -1,0 +1,295 @@
+import BlockCore
+import Synchronization
+
+#if canImport(Glibc)
+import Glibc
+#elseif canImport(Musl)
+import Musl
+#elseif canImport(Darwin)
+import Darwin
+#endif
+
+/// One operating-system thread that owns one engine and runs every task of the graphs bound to it.
+///
+/// A turn of its loop: run the jobs that are ready, then the end-of-turn hooks (replies gathered over
+/// the turn leave in one call), then give the engine all that was submitted and take completions.
+///
+/// Invariants:
+/// 1. Jobs, hooks, timers, the table of pending operations and the engine are touched on the thread
+///    only. What other threads may do goes through `mailbox`.
+/// 2. Each submitted operation completes exactly once; its table entry keeps its memory alive until
+///    then.
+/// 3. The thread sleeps only when nothing is ready; whoever adds to the mailbox wakes it.
+///
+/// Tasks get here by `spawn` or `run`, which give them this thread as their executor preference: the
+/// async functions they call run here, without a hop, as long as they stay nonisolated.
+public final class IOThread: TaskExecutor, @unchecked Sendable {
+    public let name: String
+    private var engineBox: (any IOEngine)?
+    private var thread = pthread_t(bitPattern: 0)
+
+    // Confined to the thread.
+    private var ready: [UnownedJob] = []
+    private var running: [UnownedJob] = []
+    private var pending = PendingTable()
+    private var hooks: [any EndOfTurnHook] = []
+    var timers = TimerQueue()
+
+    private struct Mailbox {
+        var jobs: [UnownedJob] = []
+        var isStopping = false
+    }
+    private let mailbox = Mutex(Mailbox())
+    /// Set while the mailbox holds something, so that a busy turn need not lock to know.
+    private let mailboxIsFull = Atomic<Bool>(false)
+    private let isAsleep = Atomic<Bool>(false)
+
+    /// Starts the thread.
+    ///
+    /// - Parameters:
+    ///   - makeEngine: called on the new thread; the engine it returns belongs to that thread.
+    /// - Throws: what `makeEngine` throws, or `exhausted` when no thread can be started.
+    public init(
+        name: String,
+        engine makeEngine: @escaping @Sendable () throws(BlockError) -> any IOEngine = {
+            () throws(BlockError) in try EngineChoice.fromEnvironment().makeEngine()
+        }
+    ) throws(BlockError) {
+        self.name = name
+        ready.reserveCapacity(256)
+        running.reserveCapacity(256)
+        let started = Latch<BlockError?>()
+        let box = ThreadBody {
+            self.thread = pthread_self()
+            do throws(BlockError) {
+                self.engineBox = try makeEngine()
+            } catch {
+                started.open(error)
+                return
+            }
+            started.open(nil)
+            self.loop()
+        }
+        try box.start(name: name)
+        if let error = started.wait() { throw error }
+    }
+
+    // MARK: Running code
+
+    /// Whether the caller runs on this thread.
+    @inline(__always)
+    public var isCurrent: Bool { pthread_equal(pthread_self(), thread) != 0 }
+
+    /// Traps when the caller is not on this thread: the guard of confined objects.
+    @inline(__always)
+    public func preconditionOnThread() {
+        precondition(isCurrent, "called outside its IOThread")
+    }
+
+    /// Starts a task here. On the thread itself the task begins at once, before `spawn` returns.
+    @discardableResult
+    public func spawn(_ body: sending @escaping @isolated(any) () async -> Void) -> Task<
+        Void, Never
+    > {
+        if isCurrent {
+            return Task.immediate(executorPreference: self, operation: body)
+        }
+        return Task(executorPreference: self, operation: body)
+    }
+
+    /// Runs `body` here and gives back what it returns or throws.
+    public func run<T: Sendable>(
+        _ body: @escaping @Sendable () async throws(BlockError) -> T
+    ) async throws(BlockError) -> T {
+        let result = await Task(executorPreference: self) { () async -> Result<T, BlockError> in
+            do throws(BlockError) {
+                return .success(try await body())
+            } catch {
+                return .failure(error)
+            }
+        }.value
+        return try result.get()
+    }
+
+    /// Runs `body` here while the calling thread, which must be another, waits: for `main`.
+    public func runBlocking<T: Sendable>(
+        _ body: @escaping @Sendable () async throws(BlockError) -> T
+    ) throws(BlockError) -> T {
+        precondition(!isCurrent, "an IOThread cannot wait for itself")
+        let done = Latch<Result<T, BlockError>>()
+        spawn {
+            do throws(BlockError) {
+                done.open(.success(try await body()))
+            } catch {
+                done.open(.failure(error))
+            }
+        }
+        return try done.wait().get()
+    }
+
+    public func enqueue(_ job: consuming ExecutorJob) {
+        let job = UnownedJob(job)
+        if isCurrent {
+            ready.append(job)
+            return
+        }
+        mailbox.withLock { $0.jobs.append(job) }
+        mailboxIsFull.store(true, ordering: .sequentiallyConsistent)
+        if isAsleep.load(ordering: .sequentiallyConsistent) { engineBox?.wake() }
+    }
+
+    /// Lets other ready jobs run first.
+    public func yield() async {
+        await Task.yield()
+    }
+
+    /// Ends the loop once the current turn is over. Tasks that still wait never resume: stop their
+    /// work first. From any thread.
+    public func stop() {
+        mailbox.withLock { $0.isStopping = true }
+        mailboxIsFull.store(true, ordering: .sequentiallyConsistent)
+        engineBox?.wake()
+    }
+
+    // MARK: Operations
+
+    /// The engine. On the thread only.
+    @inline(__always)
+    public var engine: any IOEngine {
+        guard let engineBox else { preconditionFailure("the thread has no engine yet") }
+        return engineBox
+    }
+
+    /// The calls that may block.
+    public var system: any IOSystem { engine.system }
+
+    /// Submits `operation` and waits for it. On the thread only.
+    ///
+    /// - Returns: bytes, a handle or 0, or the negative `errno` value.
+    public func perform(_ operation: IOOperation) async -> Int {
+        await withUnsafeContinuation { continuation in
+            let token = pending.insert(continuation, operation)
+            engine.submit(operation, token)
+        }
+    }
+
+    /// Runs blocking or CPU-heavy `work` on a worker thread and comes back with its result.
+    public func offload<T: Sendable>(_ work: @escaping @Sendable () -> T) async -> T {
+        if !engine.offloadsWork { return work() }
+        return await withUnsafeContinuation { continuation in
+            WorkerPool.shared.submit { continuation.resume(returning: work()) }
+        }
+    }
+
+    /// ``offload(_:)`` for work that can fail.
+    public func offload<T: Sendable>(
+        throwing work: @escaping @Sendable () throws(BlockError) -> T
+    ) async throws(BlockError) -> T {
+        try await offload { () -> Result<T, BlockError> in
+            do throws(BlockError) {
+                return .success(try work())
+            } catch {
+                return .failure(error)
+            }
+        }.get()
+    }
+
+    /// Calls `hook` once at the end of this turn. On the thread only.
+    public func atEndOfTurn(_ hook: any EndOfTurnHook) {
+        hooks.append(hook)
+    }
+
+    /// Nanoseconds of the engine's clock, which only goes forward.
+    public var now: UInt64 { engine.now }
+
+    // MARK: The loop
+
+    private func loop() {
+        let executor = asUnownedTaskExecutor()
+        while true {
+            if mailboxIsFull.load(ordering: .relaxed), !takeMail() { break }
+            swap(&ready, &running)
+            for job in running { job.runSynchronously(on: executor) }
+            running.removeAll(keepingCapacity: true)
+            runHooks()
+            timers.fire(now: timers.isEmpty ? 0 : engine.now)
+            poll()
+        }
+        engineBox = nil
+    }
+
+    private func poll() {
+        let engine = engine
+        if !ready.isEmpty {
+            engine.poll(deadline: 0) { complete($0, $1) }
+            return
+        }
+        isAsleep.store(true, ordering: .sequentiallyConsistent)
+        let hasMail = mailboxIsFull.load(ordering: .sequentiallyConsistent)
+        engine.poll(deadline: hasMail ? 0 : timers.nextDeadline) { complete($0, $1) }
+        isAsleep.store(false, ordering: .relaxed)
+    }
+
+    private func complete(_ token: IOToken, _ result: Int) {
+        pending.remove(token)?.resume(returning: result)
+    }
+
+    private func runHooks() {
+        // A hook may make another object ask for one: those run in this turn too.
+        var index = 0
+        while index < hooks.count {
+            hooks[index].endOfTurn()
+            index += 1
+        }
+        hooks.removeAll(keepingCapacity: true)
+    }
+
+    /// - Returns: `false` when the thread is to stop.
+    private func takeMail() -> Bool {
+        mailboxIsFull.store(false, ordering: .sequentiallyConsistent)
+        return mailbox.withLock { mailbox in
+            ready.append(contentsOf: mailbox.jobs)
+            mailbox.jobs.removeAll(keepingCapacity: true)
+            return !mailbox.isStopping
+        }
+    }
+}
+
+/// Something that gathers work over a turn and does it at the end.
+public protocol EndOfTurnHook: AnyObject {
+    func endOfTurn()
+}
+
+/// The operations that an engine has not completed, by token.
+private struct PendingTable {
+    private struct Entry {
+        var continuation: UnsafeContinuation<Int, Never>?
+        /// Keeps the memory of the operation alive.
+        var operation: IOOperation?
+    }
+    private var entries: [Entry] = []
+    private var free: [UInt32] = []
+
+    mutating func insert(
+        _ continuation: UnsafeContinuation<Int, Never>, _ operation: IOOperation
+    ) -> IOToken {
+        if let index = free.popLast() {
+            entries[Int(index)].continuation = continuation
+            entries[Int(index)].operation = operation
+            return IOToken(index)
+        }
+        entries.append(Entry(continuation: continuation, operation: operation))
+        return IOToken(UInt32(entries.count - 1))
+    }
+
+    mutating func remove(_ token: IOToken) -> UnsafeContinuation<Int, Never>? {
+        let index = Int(token.rawValue)
+        guard index < entries.count, let continuation = entries[index].continuation else {
+            preconditionFailure("an engine completed an operation twice")
+        }
+        entries[index].continuation = nil
+        entries[index].operation = nil
+        free.append(token.rawValue)
+        return continuation
+    }
+}

@@ -1,0 +1,197 @@
+import BlockCore
+
+#if canImport(Glibc)
+import Glibc
+#elseif canImport(Musl)
+import Musl
+#elseif canImport(Darwin)
+import Darwin
+#endif
+
+/// A connected stream socket on one ``IOThread``. Confined to that thread.
+public final class Socket: @unchecked Sendable {
+    public let thread: IOThread
+    public let handle: IOHandle
+    private var isClosed = false
+
+    /// Takes over a connected, non-blocking socket.
+    public init(_ handle: IOHandle, on thread: IOThread) {
+        self.handle = handle
+        self.thread = thread
+    }
+
+    /// Connects to `address`.
+    public static func connect(
+        to address: SocketAddress, on thread: IOThread
+    ) async throws(BlockError) -> Socket {
+        let handle = try thread.system.socket(for: address)
+        let result = await thread.perform(.connect(handle, address))
+        guard result >= 0 else {
+            thread.system.close(handle)
+            throw .system("cannot connect to \(address)", Int32(truncatingIfNeeded: -result))
+        }
+        if address.isTCP { thread.system.prepareConnection(handle) }
+        return Socket(handle, on: thread)
+    }
+
+    /// Receives at least one byte.
+    ///
+    /// - Returns: bytes received; 0 at the end of the stream.
+    /// - Throws: `disconnected` when the connection broke.
+    public func receive(_ vector: IOVector) async throws(BlockError) -> Int {
+        guard !isClosed else { return 0 }
+        if let result = thread.engine.receiveNow(handle, vector) { return try check(result) }
+        while true {
+            let result = await thread.perform(.receive(handle, vector))
+            if result == -Int(EINTR) || result == -Int(EAGAIN) { continue }
+            return try check(result)
+        }
+    }
+
+    /// Fills all of `vector`.
+    ///
+    /// - Returns: `false` when the stream ended before its first byte.
+    /// - Throws: `disconnected` when it ended or broke later.
+    public func receiveAll(_ vector: IOVector) async throws(BlockError) -> Bool {
+        var done = 0
+        while done < vector.count {
+            let count = try await receive(vector.slice(done, vector.count - done))
+            if count == 0 {
+                if done == 0 { return false }
+                throw BlockError(.disconnected, "the peer closed the connection in a message")
+            }
+            done += count
+        }
+        return true
+    }
+
+    /// Sends all of `vector`. One send at a time: the caller keeps the order.
+    public func send(_ vector: IOVector) async throws(BlockError) {
+        var done = 0
+        while done < vector.count {
+            let rest = done == 0 ? vector : vector.slice(done, vector.count - done)
+            let result: Int
+            if let now = sendNow(rest) {
+                result = now
+            } else {
+                guard !isClosed else {
+                    throw BlockError(.disconnected, "the connection is closed")
+                }
+                result = await thread.perform(.send(handle, rest))
+            }
+            if result == -Int(EINTR) || result == -Int(EAGAIN) { continue }
+            done += try check(result)
+        }
+    }
+
+    /// Sends what fits into the socket right now.
+    ///
+    /// - Returns: bytes sent or `-errno`; `nil` when none fit.
+    public func sendNow(_ vector: IOVector) -> Int? {
+        guard !isClosed else { return nil }
+        return thread.engine.sendNow(handle, vector)
+    }
+
+    /// Ends the connection in both directions; pending operations complete.
+    public func shutdown() {
+        guard !isClosed else { return }
+        thread.system.shutdown(handle)
+    }
+
+    /// Closes the socket once. No operation may be pending: shut it down and wait first.
+    public func close() {
+        guard !isClosed else { return }
+        isClosed = true
+        thread.system.close(handle)
+    }
+
+    private func check(_ result: Int) throws(BlockError) -> Int {
+        if result >= 0 { return result }
+        let systemError = Int32(truncatingIfNeeded: -result)
+        throw BlockError(
+            .disconnected, "the connection broke: \(BlockError.describe(systemError))",
+            systemError: systemError)
+    }
+}
+
+/// A listening socket on one ``IOThread``. Confined to that thread.
+public final class Listener: @unchecked Sendable {
+    public let thread: IOThread
+    public let handle: IOHandle
+    /// Where it listens, the port filled in when it was 0.
+    public let address: SocketAddress
+    private let unlinksOnClose: Bool
+    private var isClosed = false
+
+    /// Listens on `address`.
+    ///
+    /// - Throws: `busy` when the address is in use.
+    public init(on address: SocketAddress, thread: IOThread) throws(BlockError) {
+        self.thread = thread
+        handle = try thread.system.listen(address, backlog: 128)
+        do throws(BlockError) {
+            self.address = try thread.system.localAddress(of: handle)
+        } catch {
+            thread.system.close(handle)
+            throw error
+        }
+        unlinksOnClose = true
+    }
+
+    /// Takes over a listening socket that was inherited, as in socket activation.
+    public init(adopting handle: IOHandle, thread: IOThread) throws(BlockError) {
+        self.thread = thread
+        self.handle = handle
+        try thread.system.adopt(handle)
+        address = try thread.system.localAddress(of: handle)
+        unlinksOnClose = false
+    }
+
+    /// The next connection; `nil` once the listener is closed.
+    ///
+    /// - Throws: `exhausted` when the process is out of descriptors: wait a little, then try again.
+    public func accept() async throws(BlockError) -> Socket? {
+        while true {
+            if isClosed { return nil }
+            let result = await thread.perform(.accept(handle))
+            if result >= 0 {
+                let connection = IOHandle(Int32(truncatingIfNeeded: result))
+                if address.isTCP { thread.system.prepareConnection(connection) }
+                return Socket(connection, on: thread)
+            }
+            if isClosed { return nil }
+            switch Int32(truncatingIfNeeded: -result) {
+            // The connection was gone before it was taken.
+            case EINTR, EAGAIN, ECONNABORTED, EPROTO: continue
+            case let failure: throw .system("cannot accept a connection", failure)
+            }
+        }
+    }
+
+    /// Stops listening; a pending ``accept()`` returns `nil`. Removes the socket's file.
+    public func close() {
+        guard !isClosed else { return }
+        isClosed = true
+        thread.engine.cancelAll(on: handle)
+        let (thread, handle) = (thread, handle)
+        // After the turn in which the cancellation reaches the engine.
+        thread.spawn {
+            await thread.yield()
+            thread.system.shutdown(handle)
+            thread.system.close(handle)
+        }
+        if unlinksOnClose, case .unix(let path, abstract: false) = address {
+            try? thread.system.remove(path)
+        }
+    }
+}
+
+extension SocketAddress {
+    /// Whether it is TCP's.
+    public var isTCP: Bool {
+        switch self {
+        case .ipv4, .ipv6: true
+        case .unix, .vsock: false
+        }
+    }
+}

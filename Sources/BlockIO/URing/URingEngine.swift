@@ -1,0 +1,292 @@
+#if os(Linux)
+import BlockCore
+import CLinux
+import CLiburing
+import Glibc
+import Synchronization
+
+/// The engine over one io_uring.
+///
+/// Submissions gather in the ring and enter the kernel once a turn, with the wait for completions.
+/// What the page cache or a socket buffer can serve at once goes by plain system calls
+/// (`readNow` and its like): at depth 1 that saves a trip through the ring, and at depth 32 it costs
+/// the same.
+///
+/// A short poll of the completion queue comes before sleeping: waking up dominates a round trip at
+/// depth 1. The poll adapts: it grows while it pays and stops while it does not.
+final class URingEngine: IOEngine {
+    private static let entryCount: UInt32 = 512
+    /// Not tokens of operations.
+    private static let wakeData: UInt64 = .max
+    private static let ignoredData: UInt64 = .max - 1
+
+    private let ring: UnsafeMutablePointer<io_uring>
+    private let wakeDescriptor: Int32
+    private let wakeBuffer: UnsafeMutablePointer<UInt64>
+    private var completions = [UnsafeMutablePointer<io_uring_cqe>?](repeating: nil, count: 128)
+    private var arguments: [UInt32: OperationMemory] = [:]
+    private var isWakeArmed = false
+    private var pollWindow = PollWindow()
+    private let host = HostSystem()
+
+    let name = "io_uring"
+    let offloadsWork = true
+    var system: any IOSystem { host }
+    var now: UInt64 { MonotonicClock.now }
+
+    /// Sets the ring up on the calling thread, which becomes its only submitter.
+    ///
+    /// - Throws: `unsupported` where the kernel or a sandbox refuses io_uring.
+    init() throws(BlockError) {
+        ring = .allocate(capacity: 1)
+        wakeBuffer = .allocate(capacity: 1)
+        wakeDescriptor = linux_eventfd()
+        guard wakeDescriptor >= 0 else {
+            ring.deallocate()
+            wakeBuffer.deallocate()
+            throw .system("cannot make an eventfd", errno)
+        }
+        // Newest kernels first: completions run on this thread only, when it asks for them.
+        let flags: [UInt32] = [
+            IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
+            IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
+            0,
+        ]
+        var result: Int32 = 0
+        for flag in flags {
+            var parameters = io_uring_params()
+            parameters.flags = flag
+            result = io_uring_queue_init_params(Self.entryCount, ring, &parameters)
+            if result != -EINVAL { break }
+        }
+        guard result == 0 else {
+            Glibc.close(wakeDescriptor)
+            ring.deallocate()
+            wakeBuffer.deallocate()
+            throw BlockError(
+                .unsupported, "io_uring is refused: \(BlockError.describe(-result))",
+                remedy: "use MERINO_IO_ENGINE=threads")
+        }
+    }
+
+    deinit {
+        io_uring_queue_exit(ring)
+        Glibc.close(wakeDescriptor)
+        ring.deallocate()
+        wakeBuffer.deallocate()
+    }
+
+    // MARK: Submitting
+
+    private func nextEntry() -> UnsafeMutablePointer<io_uring_sqe> {
+        while true {
+            if let entry = io_uring_get_sqe(ring) { return entry }
+            // The ring is full: let the kernel take what is there.
+            io_uring_submit(ring)
+        }
+    }
+
+    func submit(_ operation: IOOperation, _ token: IOToken) {
+        let entry = nextEntry()
+        switch operation {
+        case .read(let handle, let vector, let offset):
+            if let slice = vector.single {
+                io_uring_prep_read(
+                    entry, handle.rawValue, slice.bytes.baseAddress, UInt32(slice.count),
+                    UInt64(offset))
+            } else {
+                let memory = remember(token, .vectors(of: vector))
+                io_uring_prep_readv(
+                    entry, handle.rawValue, memory.vectors, memory.vectorCount, UInt64(offset))
+            }
+        case .write(let handle, let vector, let offset, let durable):
+            let memory = remember(token, .vectors(of: vector))
+            io_uring_prep_writev2(
+                entry, handle.rawValue, memory.vectors, memory.vectorCount, UInt64(offset),
+                durable ? linux_write_durable : 0)
+        case .synchronize(let handle, let dataOnly):
+            io_uring_prep_fsync(entry, handle.rawValue, dataOnly ? IORING_FSYNC_DATASYNC : 0)
+        case .allocate(let handle, let mode, let range):
+            io_uring_prep_fallocate(
+                entry, handle.rawValue, mode.fallocateMode, off_t(range.offset), off_t(range.count))
+        default:
+            submitSocket(operation, token, entry)
+        }
+        io_uring_sqe_set_data64(entry, UInt64(token.rawValue))
+    }
+
+    private func submitSocket(
+        _ operation: IOOperation, _ token: IOToken, _ entry: UnsafeMutablePointer<io_uring_sqe>
+    ) {
+        switch operation {
+        case .receive(let handle, let vector):
+            let memory = remember(token, .message(of: vector))
+            io_uring_prep_recvmsg(entry, handle.rawValue, memory.message, 0)
+            // Nothing was there when `receiveNow` looked: wait first, then receive.
+            entry.pointee.ioprio |= UInt16(IORING_RECVSEND_POLL_FIRST)
+        case .send(let handle, let vector):
+            let memory = remember(token, .message(of: vector))
+            io_uring_prep_sendmsg(
+                entry, handle.rawValue, memory.message, UInt32(linux_no_signal))
+        case .accept(let handle):
+            io_uring_prep_accept(
+                entry, handle.rawValue, nil, nil,
+                linux_accept_flags)
+        case .connect(let handle, let address):
+            let memory = remember(token, .address(address))
+            io_uring_prep_connect(entry, handle.rawValue, memory.address, memory.addressLength)
+        case .awaitReadable(let handle):
+            io_uring_prep_poll_add(entry, handle.rawValue, UInt32(POLLIN))
+        case .read, .write, .synchronize, .allocate:
+            preconditionFailure("a file operation on the sockets' path")
+        }
+    }
+
+    private func remember(_ token: IOToken, _ memory: OperationMemory) -> OperationMemory {
+        arguments[token.rawValue] = memory
+        return memory
+    }
+
+    func cancelAll(on handle: IOHandle) {
+        let entry = nextEntry()
+        io_uring_prep_cancel_fd(entry, handle.rawValue, UInt32(IORING_ASYNC_CANCEL_ALL))
+        io_uring_sqe_set_data64(entry, Self.ignoredData)
+    }
+
+    // MARK: Completing
+
+    func poll(deadline: UInt64?, complete: (IOToken, Int) -> Void) {
+        armWake()
+        if deadline == 0 {
+            if io_uring_sq_ready(ring) > 0 || io_uring_cq_ready(ring) > 0 || needsKernel {
+                io_uring_submit_and_get_events(ring)
+            }
+        } else if io_uring_sq_ready(ring) > 0 {
+            io_uring_submit_and_get_events(ring)
+            if io_uring_cq_ready(ring) == 0 { wait(until: deadline) }
+        } else if io_uring_cq_ready(ring) == 0 {
+            wait(until: deadline)
+        }
+        reap(complete)
+    }
+
+    /// Whether completions wait in the kernel for this thread to fetch them.
+    private var needsKernel: Bool {
+        ring.pointee.sq.kflags.pointee & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW) != 0
+    }
+
+    private func wait(until deadline: UInt64?) {
+        if pollWindow.nanoseconds > 0, spin(until: deadline) { return }
+        let start = now
+        var time = __kernel_timespec()
+        var completion: UnsafeMutablePointer<io_uring_cqe>?
+        if let deadline {
+            guard deadline > start else { return }
+            let left = deadline - start
+            time.tv_sec = Int64(left / 1_000_000_000)
+            time.tv_nsec = Int64(left % 1_000_000_000)
+            io_uring_submit_and_wait_timeout(ring, &completion, 1, &time, nil)
+        } else {
+            io_uring_submit_and_wait(ring, 1)
+        }
+        pollWindow.slept(nanoseconds: now &- start)
+    }
+
+    /// Looks for completions for the length of the poll window.
+    /// - Returns: whether there are any.
+    private func spin(until deadline: UInt64?) -> Bool {
+        let start = now
+        while true {
+            for _ in 0..<16 {
+                if needsKernel { io_uring_get_events(ring) }
+                if io_uring_cq_ready(ring) > 0 {
+                    pollWindow.found()
+                    return true
+                }
+                // Tells the processor that this is a spin.
+                atomicMemoryFence(ordering: .acquiring)
+            }
+            let time = now
+            if time &- start >= pollWindow.nanoseconds { return false }
+            if let deadline, time >= deadline { return false }
+        }
+    }
+
+    private func reap(_ complete: (IOToken, Int) -> Void) {
+        while true {
+            let count = Int(io_uring_peek_batch_cqe(ring, &completions, UInt32(completions.count)))
+            for index in 0..<count {
+                guard let entry = completions[index]?.pointee else { continue }
+                switch entry.user_data {
+                case Self.wakeData: isWakeArmed = false
+                case Self.ignoredData: break
+                default:
+                    let token = UInt32(truncatingIfNeeded: entry.user_data)
+                    if !arguments.isEmpty { arguments.removeValue(forKey: token) }
+                    complete(IOToken(token), Int(entry.res))
+                }
+            }
+            io_uring_cq_advance(ring, UInt32(count))
+            if count < completions.count { return }
+        }
+    }
+
+    // MARK: Waking
+
+    private func armWake() {
+        if isWakeArmed { return }
+        isWakeArmed = true
+        let entry = nextEntry()
+        io_uring_prep_read(entry, wakeDescriptor, wakeBuffer, 8, 0)
+        io_uring_sqe_set_data64(entry, Self.wakeData)
+    }
+
+    func wake() {
+        var one: UInt64 = 1
+        _ = Glibc.write(wakeDescriptor, &one, 8)
+    }
+
+    // MARK: Without the ring
+
+    func readNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? {
+        HostCalls.readCached(handle, vector, offset: offset)
+    }
+
+    func writeNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? {
+        HostCalls.write(handle, vector, offset: offset)
+    }
+
+    func receiveNow(_ handle: IOHandle, _ vector: IOVector) -> Int? {
+        HostCalls.receive(handle, vector)
+    }
+
+    func sendNow(_ handle: IOHandle, _ vector: IOVector) -> Int? {
+        HostCalls.send(handle, vector)
+    }
+}
+
+/// How long to look for completions before sleeping.
+///
+/// Sleeping and being woken costs tens of microseconds; a peer that answers at once is worth a short
+/// wait on the processor, one that stays away is not.
+struct PollWindow {
+    static let nanosecondsMax: UInt64 = 50_000
+    private(set) var nanoseconds: UInt64 = 0
+    private var misses = 0
+
+    /// A sleep lasted this long: would a poll have been better?
+    mutating func slept(nanoseconds slept: UInt64) {
+        if slept <= Self.nanosecondsMax {
+            misses = 0
+            nanoseconds = min(max(nanoseconds * 2, 8_000), Self.nanosecondsMax)
+        } else {
+            misses += 1
+            if misses >= 2 { nanoseconds = 0 }
+        }
+    }
+
+    mutating func found() {
+        misses = 0
+    }
+}
+#endif

@@ -1,0 +1,25 @@
+// Linux calls that glibc declares for _GNU_SOURCE only, which Swift's own C module is built without.
+#pragma once
+#include <stdint.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <sys/socket.h>
+
+#if defined(__linux__)
+extern const int linux_open_direct;       // O_DIRECT
+extern const int linux_write_durable;     // RWF_DSYNC
+
+// Each returns what the call of the same name returns, and sets errno.
+ssize_t linux_read_cached(int fd, const struct iovec *vectors, int count, off_t offset);  // preadv2, RWF_NOWAIT
+ssize_t linux_write_durable_at(int fd, const struct iovec *vectors, int count, off_t offset);  // pwritev2, RWF_DSYNC
+int linux_fallocate(int fd, int mode, off_t offset, off_t count);
+int linux_accept(int fd);                 // accept4, non-blocking and close-on-exec
+int linux_socket(int family);             // stream, non-blocking and close-on-exec
+int linux_eventfd(void);                  // close-on-exec
+void linux_name_thread(const char *name); // of the caller, 15 bytes at most
+
+// Flags for send and recv.
+extern const int linux_dont_wait;         // MSG_DONTWAIT
+extern const int linux_no_signal;         // MSG_NOSIGNAL
+extern const int linux_accept_flags;      // SOCK_NONBLOCK | SOCK_CLOEXEC
+#endif
