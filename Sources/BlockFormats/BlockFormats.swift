@@ -1,1 +1,6 @@
-// Drivers of image formats: raw, qcow2…
+import BlockGraph
+
+/// The drivers of this target.
+public enum BlockFormats {
+    public static let drivers: [DriverDescription] = [RawDriver.driver]
+}

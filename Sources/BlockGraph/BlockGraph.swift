@@ -1,1 +1,303 @@
-// Nodes, edges, roles, permissions, drain, transactions.
+import BlockCore
+import BlockIO
+import QMP
+
+/// All nodes of one ``IOThread``, and what may be done with them. Confined to that thread.
+///
+/// Nodes live while somebody holds them. Dropping a hold or an edge closes nothing by itself:
+/// ``collect()`` closes what nobody holds any more, children after parents, and reports what could
+/// not be made durable.
+public final class BlockGraph: @unchecked Sendable {
+    public let thread: IOThread
+    public let registry: DriverRegistry
+    /// In the order they were opened.
+    public private(set) var nodes: [BlockNode] = []
+    private var byName: [String: BlockNode] = [:]
+    private var lastAutomaticName = 0
+    /// Of sections that are drained right now.
+    private var drains: [DrainSection] = []
+    /// Called for each request of a traced node; `nil` costs nothing.
+    public var trace: ((RequestTrace) -> Void)?
+
+    public init(on thread: IOThread, registry: DriverRegistry) {
+        self.thread = thread
+        self.registry = registry
+    }
+
+    public func node(named name: String) -> BlockNode? { byName[name] }
+
+    /// - Throws: `notFound`.
+    public func requireNode(named name: String) throws(BlockError) -> BlockNode {
+        guard let node = byName[name] else {
+            throw BlockError(.notFound, "there is no node '\(name)'")
+        }
+        return node
+    }
+
+    // MARK: Open
+
+    /// Opens a node and its children from options, as `blockdev-add` takes them.
+    ///
+    /// - Parameters:
+    ///   - options: `driver`, generic options, the driver's own, children by name: a node's name,
+    ///     options to open one, or null.
+    ///   - monitorOwned: the monitor holds it, until `blockdev-del`; it must have a `node-name` then.
+    /// - Throws: with everything closed again that was opened on the way.
+    public func open(
+        _ options: JSONValue, monitorOwned: Bool = false,
+        inheriting inherited: NodeOptions = NodeOptions()
+    ) async throws(BlockError) -> BlockNode {
+        thread.preconditionOnThread()
+        do throws(BlockError) {
+            let node = try await openUnheld(
+                options, inheriting: inherited, needsName: monitorOwned, nesting: 0)
+            node.isMonitorOwned = monitorOwned
+            if !monitorOwned { node.hold("opening") }
+            return node
+        } catch {
+            try? await collect()
+            throw error
+        }
+    }
+
+    func openUnheld(
+        _ options: JSONValue, inheriting inherited: NodeOptions, needsName: Bool, nesting: Int
+    ) async throws(BlockError) -> BlockNode {
+        guard nesting < Limits.jsonDepthMax else {
+            throw BlockError(.exhausted, "node options nest deeper than \(Limits.jsonDepthMax)")
+        }
+        guard nodes.count < Limits.nodeCountMax else {
+            throw BlockError(.exhausted, "there are \(Limits.nodeCountMax) nodes already")
+        }
+        let reader = try OptionReader(options, of: "the node")
+        guard let driverName = try reader.string("driver") else {
+            throw BlockError(
+                .invalidArgument, "option 'driver' is missing",
+                remedy: "name the format or protocol, as in driver=qcow2")
+        }
+        let description = try registry.driver(named: driverName)
+        let name = try name(from: reader, needsName: needsName)
+        reader.subject = "node '\(name)' (driver '\(driverName)')"
+        let node = BlockNode(
+            name: name, graph: self, description: description,
+            options: try NodeOptions(reading: reader, inheriting: inherited))
+        // Known from here on, so that nothing else takes the name while it opens.
+        nodes.append(node)
+        byName[name] = node
+        node.hold("opening")
+        do throws(BlockError) {
+            let opening = NodeOpening(node: node, options: reader, nesting: nesting)
+            let driver = try await description.open(opening)
+            node.setDriver(driver)
+            try reader.finish()
+            let transaction = GraphTransaction(self)
+            transaction.refresh(node)
+            try transaction.commit()
+        } catch {
+            node.release("opening")
+            throw error.on(node: name)
+        }
+        node.release("opening")
+        return node
+    }
+
+    private func name(
+        from reader: OptionReader, needsName: Bool
+    ) throws(BlockError) -> String {
+        guard let name = try reader.string("node-name") else {
+            if needsName {
+                throw BlockError(
+                    .invalidArgument, "option 'node-name' is missing",
+                    remedy: "name the node, so that it can be referred to")
+            }
+            repeat { lastAutomaticName += 1 } while byName[automaticName] != nil
+            return automaticName
+        }
+        guard Self.isValidName(name) else {
+            throw BlockError(
+                .invalidArgument, "'\(name)' is no valid node name",
+                remedy: "begin with a letter, go on with letters, digits, '-', '.', '_'; "
+                    + "\(Limits.nodeNameLengthMax) characters at most")
+        }
+        guard byName[name] == nil else {
+            throw BlockError(.alreadyExists, "there is a node '\(name)' already")
+        }
+        return name
+    }
+
+    private var automaticName: String {
+        let digits = String(lastAutomaticName)
+        return "#block" + String(repeating: "0", count: max(0, 3 - digits.count)) + digits
+    }
+
+    /// A letter, then letters, digits, `-`, `.`, `_`.
+    static func isValidName(_ name: String) -> Bool {
+        let bytes = Array(name.utf8)
+        guard let first = bytes.first, bytes.count <= Limits.nodeNameLengthMax else { return false }
+        func isLetter(_ byte: UInt8) -> Bool { (byte | 0x20) >= 0x61 && (byte | 0x20) <= 0x7a }
+        return isLetter(first)
+            && bytes.allSatisfy { byte in
+                isLetter(byte) || (byte >= 0x30 && byte <= 0x39)
+                    || byte == 0x2d || byte == 0x2e || byte == 0x5f
+            }
+    }
+
+    // MARK: Users
+
+    /// Makes `user` a user of `node`.
+    ///
+    /// - Throws: `permissionDenied` where it conflicts with another user.
+    public func attach(
+        _ user: any NodeUser, to node: BlockNode, as name: String = "root", _ access: Access
+    ) throws(BlockError) -> Edge {
+        let transaction = GraphTransaction(self)
+        do throws(BlockError) {
+            let edge = try transaction.attach(node, to: .user(user), as: name, access: access)
+            try transaction.commit()
+            return edge
+        } catch {
+            transaction.abort()
+            throw error
+        }
+    }
+
+    /// Ends a use, once its requests are done, and closes what nobody holds any more.
+    public func detach(_ edge: Edge) async throws(BlockError) {
+        await edge.untilIdle()
+        let transaction = GraphTransaction(self)
+        transaction.detach(edge)
+        // Giving up a use conflicts with nothing.
+        try transaction.commit()
+        try await collect()
+    }
+
+    /// Drops the monitor's hold.
+    ///
+    /// - Throws: `busy`, naming the users, while there are any.
+    public func remove(_ node: BlockNode) async throws(BlockError) {
+        guard node.isMonitorOwned else {
+            throw BlockError(
+                .permissionDenied, "the node belongs to its parent, not to the monitor",
+                remedy: "remove the parent", node: node.name)
+        }
+        guard node.parents.isEmpty else {
+            throw BlockError(
+                .busy,
+                "the node is in use by "
+                    + node.parents.map(\.parentDescription).joined(separator: ", "),
+                remedy: "remove its users first", node: node.name)
+        }
+        node.isMonitorOwned = false
+        try await collect()
+    }
+
+    // MARK: Close
+
+    /// Closes every node that nobody holds, parents before children.
+    ///
+    /// - Throws: the first failure to make something durable; everything is closed all the same.
+    public func collect() async throws(BlockError) {
+        var failure: BlockError?
+        while let node = nodes.first(where: { !$0.isHeld }) {
+            // Out of the table first: nobody finds it while it closes.
+            nodes.removeAll { $0 === node }
+            byName[node.name] = nil
+            do throws(BlockError) {
+                if node.isOpen { try await node.driver.close() }
+            } catch {
+                failure = failure ?? error.on(node: node.name)
+            }
+            let transaction = GraphTransaction(self)
+            for edge in node.children { transaction.detach(edge) }
+            do throws(BlockError) {
+                try transaction.commit()
+            } catch {
+                failure = failure ?? error
+            }
+        }
+        if let failure { throw failure }
+    }
+
+    /// Drops the monitor's holds and closes all that is not used: at the end of the process.
+    public func closeAll() async throws(BlockError) {
+        for node in nodes { node.isMonitorOwned = false }
+        try await collect()
+    }
+
+    // MARK: Drain
+
+    /// Runs `body` while no request of a user is in flight in `nodes` or above them.
+    public func drained<T>(
+        _ nodes: [BlockNode], _ body: () async throws(BlockError) -> T
+    ) async throws(BlockError) -> T {
+        let section = await beginDrain(nodes)
+        defer { endDrain(section) }
+        return try await body()
+    }
+
+    /// Holds back all users of `nodes`, waits for their requests, and lets drivers settle.
+    public func beginDrain(_ nodes: [BlockNode]) async -> DrainSection {
+        let section = DrainSection(nodes)
+        drains.append(section)
+        for edge in section.roots { edge.closeGate() }
+        for edge in section.roots { await edge.untilIdle() }
+        for node in section.below where node.isOpen { await node.driver.settle() }
+        return section
+    }
+
+    public func endDrain(_ section: DrainSection) {
+        drains.removeAll { $0 === section }
+        for edge in section.roots { edge.openGate() }
+    }
+
+    /// A user that comes while the graph below it is drained waits like the others.
+    func joinDrains(_ edge: Edge) {
+        for section in drains where section.nodes.contains(where: { edge.node.reaches($0) }) {
+            edge.closeGate()
+            section.roots.append(edge)
+        }
+    }
+}
+
+/// Users held back while the graph changes.
+public final class DrainSection {
+    let nodes: [BlockNode]
+    var roots: [Edge]
+    let below: [BlockNode]
+
+    init(_ nodes: [BlockNode]) {
+        self.nodes = nodes
+        var roots: [Edge] = []
+        var seen = Set<ObjectIdentifier>()
+        var rest = nodes
+        while let node = rest.popLast() {
+            guard seen.insert(ObjectIdentifier(node)).inserted else { continue }
+            for edge in node.parents {
+                if let parent = edge.parentNode { rest.append(parent) } else { roots.append(edge) }
+            }
+        }
+        self.roots = roots
+        var below: [BlockNode] = []
+        seen = []
+        rest = nodes
+        while let node = rest.popLast() {
+            guard seen.insert(ObjectIdentifier(node)).inserted else { continue }
+            below.append(node)
+            rest.append(contentsOf: node.children.map(\.node))
+        }
+        self.below = below
+    }
+}
+
+extension BlockNode {
+    /// Keeps the node alive for `reason`, as queries show it.
+    public func hold(_ reason: String) {
+        temporaryHolds[reason, default: 0] += 1
+    }
+
+    /// Drops a hold; ``BlockGraph/collect()`` closes the node when it was the last.
+    public func release(_ reason: String) {
+        guard let count = temporaryHolds[reason] else { return }
+        temporaryHolds[reason] = count > 1 ? count - 1 : nil
+    }
+}

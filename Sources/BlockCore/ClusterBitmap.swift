@@ -1,0 +1,137 @@
+/// A bit per cluster, with levels above that say where bits are set.
+///
+/// Level 0 holds the bits; bit `i` of a level above says that word `i` of the level below is not
+/// zero. Finding the next set bit in 64 TiB is then a handful of loads, however sparse it is.
+///
+/// Invariant: bit `w` of level `n + 1` is set exactly when word `w` of level `n` is not zero.
+public struct ClusterBitmap: Sendable {
+    /// Level 0 first; the last level is one word.
+    private var levels: [[UInt64]]
+    /// Bits in all.
+    public let count: Int
+    /// Bits that are set.
+    public private(set) var setCount = 0
+
+    /// All bits clear, or all set. `count` is not negative.
+    public init(count: Int, repeating value: Bool = false) {
+        precondition(count >= 0)
+        self.count = count
+        levels = []
+        var words = (count + 63) / 64
+        while true {
+            levels.append([UInt64](repeating: 0, count: max(words, 1)))
+            if words <= 1 { break }
+            words = (words + 63) / 64
+        }
+        if value { set(0..<count) }
+    }
+
+    /// Traps when out of bounds.
+    @inline(__always)
+    public subscript(index: Int) -> Bool {
+        precondition(index >= 0 && index < count)
+        return levels[0][index >> 6] & (1 << UInt64(index & 63)) != 0
+    }
+
+    /// Whether no bit is set.
+    public var isEmpty: Bool { setCount == 0 }
+
+    /// Sets bits. Traps when out of bounds.
+    public mutating func set(_ range: Range<Int>) {
+        forEachWord(range) { bitmap, word, mask in
+            let old = bitmap.levels[0][word]
+            bitmap.levels[0][word] = old | mask
+            bitmap.setCount += (mask & ~old).nonzeroBitCount
+            if old == 0 { bitmap.raise(word) }
+        }
+    }
+
+    /// Clears bits. Traps when out of bounds.
+    public mutating func clear(_ range: Range<Int>) {
+        forEachWord(range) { bitmap, word, mask in
+            let old = bitmap.levels[0][word]
+            bitmap.levels[0][word] = old & ~mask
+            bitmap.setCount -= (mask & old).nonzeroBitCount
+            if old != 0, old & ~mask == 0 { bitmap.lower(word) }
+        }
+    }
+
+    /// The first set bit in `range`.
+    public func firstSet(in range: Range<Int>) -> Int? {
+        precondition(range.lowerBound >= 0 && range.upperBound <= count)
+        if range.isEmpty { return nil }
+        var word = range.lowerBound >> 6
+        let head = levels[0][word] & (~0 << UInt64(range.lowerBound & 63))
+        if head != 0 { return within(range, (word << 6) + head.trailingZeroBitCount) }
+        // Up while there is nothing to the right, then down to the first bit.
+        var level = 0
+        while level + 1 < levels.count {
+            let next = word + 1
+            level += 1
+            guard next >> 6 < levels[level].count else { return nil }
+            let rest = levels[level][next >> 6] & (~0 << UInt64(next & 63))
+            if rest != 0 {
+                word = ((next >> 6) << 6) + rest.trailingZeroBitCount
+                while level > 0 {
+                    level -= 1
+                    let bits = levels[level][word]
+                    if level == 0 {
+                        return within(range, (word << 6) + bits.trailingZeroBitCount)
+                    }
+                    word = (word << 6) + bits.trailingZeroBitCount
+                }
+            }
+            word = next >> 6
+        }
+        return nil
+    }
+
+    /// The first clear bit in `range`.
+    public func firstClear(in range: Range<Int>) -> Int? {
+        precondition(range.lowerBound >= 0 && range.upperBound <= count)
+        var index = range.lowerBound
+        while index < range.upperBound {
+            let bits = ~levels[0][index >> 6] & (~0 << UInt64(index & 63))
+            if bits != 0 { return within(range, ((index >> 6) << 6) + bits.trailingZeroBitCount) }
+            index = (index >> 6 + 1) << 6
+        }
+        return nil
+    }
+
+    private func within(_ range: Range<Int>, _ index: Int) -> Int? {
+        index < range.upperBound ? index : nil
+    }
+
+    private mutating func forEachWord(
+        _ range: Range<Int>, _ body: (inout ClusterBitmap, Int, UInt64) -> Void
+    ) {
+        precondition(range.lowerBound >= 0 && range.upperBound <= count)
+        var index = range.lowerBound
+        while index < range.upperBound {
+            let end = min(range.upperBound, (index >> 6 + 1) << 6)
+            let width = end - index
+            let mask: UInt64 = width == 64 ? ~0 : ((1 << UInt64(width)) - 1) << UInt64(index & 63)
+            body(&self, index >> 6, mask)
+            index = end
+        }
+    }
+
+    private mutating func raise(_ word: Int) {
+        var index = word
+        for level in levels.indices.dropFirst() {
+            let old = levels[level][index >> 6]
+            levels[level][index >> 6] = old | (1 << UInt64(index & 63))
+            if old != 0 { return }
+            index >>= 6
+        }
+    }
+
+    private mutating func lower(_ word: Int) {
+        var index = word
+        for level in levels.indices.dropFirst() {
+            levels[level][index >> 6] &= ~(1 << UInt64(index & 63))
+            if levels[level][index >> 6] != 0 { return }
+            index >>= 6
+        }
+    }
+}

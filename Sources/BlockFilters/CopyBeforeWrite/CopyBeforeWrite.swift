@@ -1,0 +1,407 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import QMP
+
+/// `copy-before-write`: before a guest write changes a cluster for the first time, the old data is
+/// copied to `target`. The node's snapshot is the state of `file` at the moment it was inserted.
+///
+///     guest ──► copy-before-write ──file──► active disk
+///                     │
+///                     └──────────target──► temporary image ◄── copied clusters
+///
+/// Per cluster:
+///
+///     waiting ──copy done──► copied          a cluster not in the snapshot (option `bitmap`, or
+///        └──────discard────► dropped         discarded) is dropped: reads of it are refused
+///
+/// Invariants:
+/// 1. A guest's change of a cluster that waits is issued only after the cluster's copy is in the
+///    target (`copied`), or the snapshot is broken.
+/// 2. While a snapshot read reads a cluster from `file`, no guest write to that cluster is issued.
+///    While a cluster is copied, neither a second copy nor a guest write of it begins.
+/// 3. Once broken, the snapshot stays broken: every access to it fails, and guests are on their own.
+///
+/// All state changes between two `await`s: the thread is the lock.
+public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sendable {
+    enum OnError: String, Sendable, CaseIterable {
+        case breakGuestWrite = "break-guest-write"
+        case breakSnapshot = "break-snapshot"
+    }
+
+    /// Clusters are at least this large, as in QEMU: smaller ones cost more in copies than in space.
+    static let clusterSizeMin = 64 << 10
+    static let clusterSizeMax = 1 << 30
+
+    private unowned let node: BlockNode
+    public let child: Edge
+    let target: Edge
+    let clusterSize: Int
+    private let onError: OnError
+    private let timeoutNanoseconds: UInt64
+
+    /// Clusters whose old data must be copied before they change.
+    private var waiting: ClusterBitmap
+    /// Clusters that the snapshot has: waiting in `file`, or copied.
+    private var present: ClusterBitmap
+    /// Clusters held by copies and snapshot reads.
+    private let locks = ClusterLocks()
+    public let snapshotSize: Int
+    /// Why the snapshot is broken, once it is.
+    private var breakage: BlockError?
+    /// Copies that go on although the write that wanted them stopped waiting.
+    private var copiesInFlight = 0
+    private var settleSleepers: [UnsafeContinuation<Void, Never>] = []
+
+    public private(set) var copiedBytes = 0
+
+    private init(
+        node: BlockNode, child: Edge, target: Edge, clusterSize: Int, onError: OnError,
+        timeoutNanoseconds: UInt64
+    ) {
+        self.node = node
+        self.child = child
+        self.target = target
+        self.clusterSize = clusterSize
+        self.onError = onError
+        self.timeoutNanoseconds = timeoutNanoseconds
+        snapshotSize = child.size
+        let count = (child.size + clusterSize - 1) / clusterSize
+        waiting = ClusterBitmap(count: count, repeating: true)
+        present = ClusterBitmap(count: count, repeating: true)
+        node.size = child.size
+        node.limits = child.node.limits
+    }
+
+    // MARK: Open
+
+    static func open(_ opening: NodeOpening) async throws(BlockError) -> CopyBeforeWrite {
+        let options = opening.options
+        let onError = try options.enumeration("on-cbw-error", as: OnError.self) ?? .breakGuestWrite
+        let timeout = try options.int("cbw-timeout") ?? 0
+        let clusterSizeMin = try options.size("min-cluster-size") ?? 0
+        guard timeout >= 0, timeout <= Int(UInt32.max) else {
+            throw BlockError(.invalidArgument, "'cbw-timeout' is out of bounds: \(timeout) seconds")
+        }
+        guard clusterSizeMin == 0 || clusterSizeMin.isPowerOfTwo, clusterSizeMin <= clusterSizeMax
+        else {
+            throw BlockError(
+                .invalidArgument,
+                "'min-cluster-size' must be a power of two up to \(clusterSizeMax), not "
+                    + "\(clusterSizeMin)")
+        }
+        let child = try await opening.requiredChild("file", roles: [.filtered, .primary])
+        let target = try await opening.requiredChild("target", roles: .data)
+        guard target.size >= child.size else {
+            throw BlockError(
+                .invalidArgument,
+                "the target '\(target.node.name)' (\(target.size) bytes) is smaller than the disk "
+                    + "'\(child.node.name)' (\(child.size) bytes)",
+                remedy: "make the target at least as large as the disk")
+        }
+        let targetCluster = try await target.node.driver.information.clusterSize
+        let clusterSize = max(Self.clusterSizeMin, max(clusterSizeMin, targetCluster))
+        let filter = CopyBeforeWrite(
+            node: opening.node, child: child, target: target, clusterSize: clusterSize,
+            onError: onError, timeoutNanoseconds: UInt64(timeout) * 1_000_000_000)
+        if let bitmap = try options.value("bitmap") {
+            try filter.restrict(to: bitmap, opening)
+        }
+        return filter
+    }
+
+    /// Only clusters that the dirty bitmap names belong to the snapshot.
+    private func restrict(to option: JSONValue, _ opening: NodeOpening) throws(BlockError) {
+        let reader = try OptionReader(option, of: "option 'bitmap'")
+        guard let nodeName = try reader.string("node"), let name = try reader.string("name") else {
+            throw BlockError(.invalidArgument, "option 'bitmap' needs 'node' and 'name'")
+        }
+        try reader.finish()
+        let owner = try opening.graph.requireNode(named: nodeName)
+        guard let bitmap = owner.dirtyBitmap(named: name) else {
+            throw BlockError(.notFound, "node '\(nodeName)' has no dirty bitmap '\(name)'")
+        }
+        guard bitmap.size == snapshotSize else {
+            throw BlockError(
+                .invalidArgument,
+                "the dirty bitmap '\(name)' is for \(bitmap.size) bytes, the disk has \(snapshotSize)"
+            )
+        }
+        var wanted = ClusterBitmap(count: present.count)
+        bitmap.forEachDirtyRange { range in
+            wanted.set(clusters(touching: range))
+        }
+        waiting = wanted
+        present = wanted
+    }
+
+    // MARK: Access
+
+    public func access(to edge: Edge, for users: Access) -> Access {
+        if edge === child {
+            // The old data is read, whatever the users do; and nobody else may change what is
+            // frozen: neither past this node nor by another size.
+            var access = users
+            access.uses.insert(.consistentRead)
+            access.shares.subtract([.write, .resize])
+            return access
+        }
+        // The target: others may write to it (discards through a format above), none may resize it.
+        return Access(uses: [.consistentRead, .write], shares: .all.subtracting(.resize))
+    }
+
+    // MARK: Guest requests
+
+    public func write(
+        _ offset: Int, from vector: IOVector, _ flags: WriteFlags
+    ) async throws(BlockError) {
+        try await copyBefore(ByteRange(offset, vector.count))
+        try await child.write(offset, from: vector, flags)
+    }
+
+    public func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
+        try await copyBefore(range)
+        try await child.writeZeroes(range, flags)
+    }
+
+    public func discard(_ range: ByteRange) async throws(BlockError) {
+        try await copyBefore(range)
+        try await child.discard(range)
+    }
+
+    public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {
+        throw BlockError(
+            .unsupported, "the disk cannot be resized while its snapshot is held",
+            remedy: "end the snapshot first")
+    }
+
+    public func flush() async throws(BlockError) {
+        // What the snapshot has is only as durable as the process: the target is flushed with the
+        // disk, so that a user who keeps it finds all of it.
+        if breakage == nil {
+            do throws(BlockError) {
+                try await target.flush()
+            } catch {
+                if onError == .breakGuestWrite { throw error }
+                breakSnapshot(error)
+            }
+        }
+        try await child.flush()
+    }
+
+    // MARK: Copying
+
+    @inline(__always)
+    private func clusters(touching range: ByteRange) -> Range<Int> {
+        range.offset / clusterSize..<(range.end + clusterSize - 1) / clusterSize
+    }
+
+    /// Returns when the guest may change `range`.
+    ///
+    /// - Throws: when a copy failed or took too long and the policy is to fail the guest's write.
+    private func copyBefore(_ range: ByteRange) async throws(BlockError) {
+        let clusters = clusters(touching: range)
+        // Most writes hit clusters that are done with.
+        if locks.isEmpty, waiting.firstSet(in: clusters) == nil { return }
+        if breakage == nil {
+            do throws(BlockError) {
+                try await copyWithDeadline(clusters)
+            } catch {
+                if onError == .breakGuestWrite { throw error }
+                breakSnapshot(error)
+            }
+        }
+        // Snapshot reads of `file` come first (invariant 2). Those of a broken snapshot fail anyway, and
+        // a copy that hangs must not hold the guest up.
+        if breakage == nil { await locks.waitUntilFree(clusters) }
+    }
+
+    private func breakSnapshot(_ error: BlockError) {
+        guard breakage == nil else { return }
+        breakage = BlockError(
+            .permissionDenied, "the snapshot is broken: \(error.message)",
+            remedy: "make a new snapshot; on-cbw-error=break-guest-write keeps snapshots and fails "
+                + "guest writes instead", node: node.name)
+        // Nothing is to be copied any more.
+        waiting.clear(0..<waiting.count)
+    }
+
+    private func copyWithDeadline(_ clusters: Range<Int>) async throws(BlockError) {
+        guard timeoutNanoseconds > 0 else {
+            try await copy(clusters)
+            return
+        }
+        let race = CopyRace(on: node.thread)
+        copiesInFlight += 1
+        node.thread.spawn {
+            do throws(BlockError) {
+                try await self.copy(clusters)
+                race.finish(nil)
+            } catch {
+                race.finish(error)
+            }
+            self.copyEnded()
+        }
+        try await race.wait(nanoseconds: timeoutNanoseconds)
+    }
+
+    private func copyEnded() {
+        copiesInFlight -= 1
+        guard copiesInFlight == 0 else { return }
+        let woken = settleSleepers
+        settleSleepers = []
+        for continuation in woken { continuation.resume() }
+    }
+
+    /// Copies what waits in `clusters`, run by run.
+    private func copy(_ clusters: Range<Int>) async throws(BlockError) {
+        while let first = waiting.firstSet(in: clusters) {
+            if breakage != nil { return }
+            let run =
+                first..<(waiting.firstClear(in: first..<clusters.upperBound)
+                ?? clusters.upperBound)
+            // Bounded memory, whatever the guest writes at once.
+            let part = first..<min(run.upperBound, first + max(1, (1 << 20) / clusterSize))
+            if locks.isHeldExclusively(part) {
+                // Somebody copies a part of it already; look again when that is over.
+                await locks.waitUntilFree(part)
+                continue
+            }
+            locks.lock(part, exclusively: true)
+            do throws(BlockError) {
+                try await copyRun(part)
+            } catch {
+                locks.unlock(part, exclusively: true)
+                throw error
+            }
+            waiting.clear(part)
+            locks.unlock(part, exclusively: true)
+        }
+    }
+
+    private func copyRun(_ clusters: Range<Int>) async throws(BlockError) {
+        let range = bytes(of: clusters)
+        let memory = try IOVector(allocating: range.count)
+        try await child.read(range.offset, into: memory)
+        if memory.isZero {
+            try await target.writeZeroes(range, .mayUnmap)
+        } else {
+            try await target.write(range.offset, from: memory)
+        }
+        copiedBytes += range.count
+    }
+
+    /// The bytes of clusters; the last one may be short.
+    private func bytes(of clusters: Range<Int>) -> ByteRange {
+        ByteRange(
+            from: clusters.lowerBound * clusterSize,
+            to: min(clusters.upperBound * clusterSize, snapshotSize))
+    }
+
+    public func settle() async {
+        while copiesInFlight > 0 {
+            await withUnsafeContinuation { settleSleepers.append($0) }
+        }
+    }
+
+    public func close() async throws(BlockError) {
+        await settle()
+    }
+
+    // MARK: Snapshot
+
+    public var snapshotSource: (any SnapshotSource)? { self }
+
+    public func readSnapshot(_ offset: Int, into vector: IOVector) async throws(BlockError) {
+        var done = 0
+        while done < vector.count {
+            let run = try snapshotRun(ByteRange(offset + done, vector.count - done))
+            let part = vector.slice(done, run.range.count)
+            if run.isCopied {
+                try await target.read(run.range.offset, into: part)
+            } else {
+                let clusters = clusters(touching: run.range)
+                if locks.isHeldExclusively(clusters) {
+                    // It is being copied: then it is in the target, or still here.
+                    await locks.waitUntilFree(clusters, exclusiveOnly: true)
+                    continue
+                }
+                locks.lock(clusters, exclusively: false)
+                defer { locks.unlock(clusters, exclusively: false) }
+                try await child.read(run.range.offset, into: part)
+            }
+            done += run.range.count
+        }
+        // It may have broken while the data was read: then a guest write may have got in between.
+        if let breakage { throw breakage }
+    }
+
+    public func snapshotStatus(
+        _ range: ByteRange, precise: Bool
+    ) async throws(BlockError) -> BlockStatus {
+        let run = try snapshotRun(range)
+        let edge = run.isCopied ? target : child
+        var status = try await edge.blockStatus(run.range, precise: precise)
+        // Unallocated in the target, after a copy, are the zeroes that were found.
+        if run.isCopied, status.flags.isDisjoint(with: [.data, .zero]) {
+            status.flags.insert(.zero)
+        }
+        status.flags.remove(.endOfNode)
+        return status
+    }
+
+    public func discardSnapshot(_ range: ByteRange) async throws(BlockError) {
+        if let breakage { throw breakage }
+        // Whole clusters only; the end of the disk ends one.
+        let first = (range.offset + clusterSize - 1) / clusterSize
+        let end = range.end == snapshotSize ? present.count : range.end / clusterSize
+        guard first < end else { return }
+        let clusters = first..<end
+        // Not needed any more: neither to be read nor to be copied.
+        present.clear(clusters)
+        waiting.clear(clusters)
+        // A copy under way may still write into the target what is about to be dropped there.
+        await locks.waitUntilFree(clusters)
+        try await target.discard(bytes(of: clusters))
+    }
+
+    /// The longest start of `range` that is all copied, or all still in `file`.
+    ///
+    /// - Throws: when the snapshot is broken, or does not have the first byte.
+    private func snapshotRun(
+        _ range: ByteRange
+    ) throws(BlockError) -> (range: ByteRange, isCopied: Bool) {
+        if let breakage { throw breakage }
+        let clusters = clusters(touching: range)
+        if let missing = present.firstClear(in: clusters) {
+            guard missing > clusters.lowerBound else {
+                throw BlockError(
+                    .permissionDenied,
+                    "offset \(range.offset) does not belong to the snapshot (any more)",
+                    node: node.name)
+            }
+            let cut = ByteRange(from: range.offset, to: missing * clusterSize)
+            return run(cut, self.clusters(touching: cut))
+        }
+        return run(range, clusters)
+    }
+
+    private func run(
+        _ range: ByteRange, _ clusters: Range<Int>
+    ) -> (range: ByteRange, isCopied: Bool) {
+        let isCopied = !waiting[clusters.lowerBound]
+        let change =
+            isCopied ? waiting.firstSet(in: clusters) : waiting.firstClear(in: clusters)
+        let end = change.map { min($0 * clusterSize, range.end) } ?? range.end
+        return (ByteRange(from: range.offset, to: end), isCopied)
+    }
+
+    /// What is left to copy and to read, for progress and queries.
+    public var presentBytes: Int { present.setCount * clusterSize }
+}
+
+extension CopyBeforeWrite {
+    public static let driver = DriverDescription(
+        name: "copy-before-write", kind: .filter,
+        open: { opening throws(BlockError) in try await CopyBeforeWrite.open(opening) })
+}

@@ -1,0 +1,8 @@
+import BlockGraph
+
+/// The drivers of this target.
+public enum BlockFilters {
+    public static let drivers: [DriverDescription] = [
+        CopyBeforeWrite.driver, SnapshotAccess.driver,
+    ]
+}

@@ -1,0 +1,84 @@
+import BlockCore
+import BlockGraph
+import QMP
+
+/// `snapshot-access`: the snapshot that its child gives access to, as a node to read.
+///
+/// It reads only through the child's snapshot interface, never the child's own data, and takes no
+/// permission on the child: the frozen state does not depend on what happens to the live one.
+/// Discarding drops a part of the snapshot that is not needed any more.
+public final class SnapshotAccess: BlockDriver, @unchecked Sendable {
+    private let file: Edge
+    private let source: any SnapshotSource
+
+    private init(_ node: BlockNode, _ file: Edge, _ source: any SnapshotSource) {
+        self.file = file
+        self.source = source
+        node.size = source.snapshotSize
+        node.limits.requestAlignment = file.node.limits.requestAlignment
+        node.limits.memoryAlignment = file.node.limits.memoryAlignment
+        node.limits.allocationUnit = file.node.limits.allocationUnit
+    }
+
+    static func open(_ opening: NodeOpening) async throws(BlockError) -> SnapshotAccess {
+        let file = try await opening.requiredChild("file", roles: [.data, .primary])
+        return SnapshotAccess(opening.node, file, try file.snapshotSource())
+    }
+
+    public func access(to edge: Edge, for users: Access) -> Access {
+        .none
+    }
+
+    public func checkAccess(_ access: Access) throws(BlockError) {
+        if access.uses.contains(.resize) {
+            throw BlockError(.permissionDenied, "a snapshot cannot be resized")
+        }
+    }
+
+    public func read(
+        _ offset: Int, into vector: IOVector, _ flags: ReadFlags
+    ) async throws(BlockError) {
+        try await source.readSnapshot(offset, into: vector)
+    }
+
+    public func blockStatus(
+        _ range: ByteRange, precise: Bool
+    ) async throws(BlockError) -> BlockStatus {
+        var status = try await source.snapshotStatus(range, precise: precise)
+        status.mapping = nil
+        status.asksChild = false
+        return status
+    }
+
+    public func discard(_ range: ByteRange) async throws(BlockError) {
+        try await source.discardSnapshot(range)
+    }
+
+    public func write(
+        _ offset: Int, from vector: IOVector, _ flags: WriteFlags
+    ) async throws(BlockError) {
+        throw Self.readOnly
+    }
+
+    public func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
+        throw Self.readOnly
+    }
+
+    public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {
+        throw Self.readOnly
+    }
+
+    public func flush() async throws(BlockError) {
+        // Nothing is written here.
+    }
+
+    public var filename: String { file.node.driver.filename }
+
+    private static let readOnly = BlockError(.readOnly, "a snapshot cannot be written")
+}
+
+extension SnapshotAccess {
+    public static let driver = DriverDescription(
+        name: "snapshot-access", kind: .access,
+        open: { opening throws(BlockError) in try await SnapshotAccess.open(opening) })
+}

@@ -1,0 +1,123 @@
+import BlockCore
+import BlockGraph
+import QMP
+
+/// `raw`: the bytes of its child as they are, or a window of them.
+///
+/// Options: `offset`, where the window begins, and `size`, how long it is; both multiples of 512.
+/// A node of this driver stays raw whatever a guest writes to it: nothing here is ever probed.
+public final class RawDriver: BlockDriver, @unchecked Sendable {
+    private let node: BlockNode
+    private let file: Edge
+    private let offset: Int
+    /// Set where the window does not go on to the end of the child.
+    private let windowSize: Int?
+
+    private init(_ node: BlockNode, _ file: Edge, offset: Int, windowSize: Int?) {
+        self.node = node
+        self.file = file
+        self.offset = offset
+        self.windowSize = windowSize
+        takeSize()
+    }
+
+    static func open(_ opening: NodeOpening) async throws(BlockError) -> RawDriver {
+        let offset = try opening.options.size("offset") ?? 0
+        let size = try opening.options.size("size")
+        let file = try await opening.requiredChild("file", roles: [.data, .primary])
+        guard offset >= 0, offset.isAligned(to: 512) else {
+            throw BlockError(.invalidArgument, "'offset' must be a multiple of 512, not \(offset)")
+        }
+        if let size, size < 0 || !size.isAligned(to: 512) {
+            throw BlockError(.invalidArgument, "'size' must be a multiple of 512, not \(size)")
+        }
+        guard let end = offset.adding(size ?? 0), end <= file.size else {
+            throw BlockError(
+                .invalidArgument,
+                "the window at \(offset) of \(size ?? 0) bytes reaches past the end of "
+                    + "'\(file.node.name)' at \(file.size)")
+        }
+        return RawDriver(opening.node, file, offset: offset, windowSize: size)
+    }
+
+    private func takeSize() {
+        node.size = windowSize ?? max(0, file.size - offset)
+        node.limits = file.node.limits
+        // A window that begins off the child's alignment is aligned by the child's edge.
+        while !offset.isAligned(to: node.limits.requestAlignment) {
+            node.limits.requestAlignment /= 2
+        }
+    }
+
+    public func childResized(_ edge: Edge) {
+        takeSize()
+    }
+
+    public func read(
+        _ offset: Int, into vector: IOVector, _ flags: ReadFlags
+    ) async throws(BlockError) {
+        try await file.read(self.offset + offset, into: vector, flags)
+    }
+
+    public var supportsFUA: Bool { true }
+
+    public func write(
+        _ offset: Int, from vector: IOVector, _ flags: WriteFlags
+    ) async throws(BlockError) {
+        try await file.write(self.offset + offset, from: vector, flags)
+    }
+
+    public func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
+        try await file.writeZeroes(ByteRange(offset + range.offset, range.count), flags)
+    }
+
+    public func discard(_ range: ByteRange) async throws(BlockError) {
+        try await file.discard(ByteRange(offset + range.offset, range.count))
+    }
+
+    public func flush() async throws(BlockError) {
+        try await file.flush()
+    }
+
+    public func blockStatus(
+        _ range: ByteRange, precise: Bool
+    ) async throws(BlockError) -> BlockStatus {
+        BlockStatus(
+            [], count: range.count, mapping: .init(node: file.node, offset: offset + range.offset),
+            asksChild: true)
+    }
+
+    public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {
+        guard windowSize == nil else {
+            throw BlockError(
+                .unsupported, "a raw node with a fixed 'size' cannot be resized",
+                remedy: "open it without 'size'")
+        }
+        guard let end = offset.adding(size), end <= Limits.nodeSizeMax else {
+            throw BlockError(.invalidArgument, "a size of \(size) bytes is out of bounds")
+        }
+        try await file.resize(to: end, preallocation)
+    }
+
+    public var filename: String { file.node.driver.filename }
+}
+
+extension RawDriver {
+    public static let driver = DriverDescription(
+        name: "raw", kind: .format,
+        open: { opening throws(BlockError) in try await RawDriver.open(opening) },
+        create: { creation throws(BlockError) in try await create(creation) })
+
+    /// Making a raw image is giving its storage the size.
+    private static func create(_ creation: ImageCreation) async throws(BlockError) {
+        guard let size = try creation.options.size("size") else {
+            throw BlockError(.invalidArgument, "option 'size' is missing")
+        }
+        let preallocation =
+            try creation.options.enumeration("preallocation", as: Preallocation.self) ?? .off
+        let target = try await creation.target("file")
+        try creation.options.finish()
+        try await target.resize(to: size, preallocation)
+        try await target.flush()
+    }
+}

@@ -1,0 +1,182 @@
+import BlockCore
+import BlockIO
+
+/// What kind of driver it is: where it may stand in the graph.
+public enum DriverKind: Sendable {
+    /// Reaches storage; has no data-bearing children.
+    case storage
+    /// Interprets its child's bytes.
+    case format
+    /// Presents its child's bytes unchanged.
+    case filter
+    /// Presents something of its child that is not its bytes: snapshot-access.
+    case access
+}
+
+/// What a driver type is and can do.
+public struct DriverDescription: Sendable {
+    /// The name that `driver=` takes.
+    public var name: String
+    public var kind: DriverKind
+    /// Opens a node of this driver. Called on the graph's thread.
+    public var open: @Sendable (NodeOpening) async throws(BlockError) -> any BlockDriver
+    /// Makes an image; `nil` where the driver cannot.
+    public var create: (@Sendable (ImageCreation) async throws(BlockError) -> Void)?
+    /// A filter's child is its `backing`, not its `file`.
+    public var filtersBacking: Bool
+    /// How sure the driver is that an image that begins with these bytes is its own: 0…100.
+    public var probe: (@Sendable (UnsafeRawBufferPointer) -> Int)?
+    /// Whether images of this format can have a backing image.
+    public var supportsBacking: Bool
+
+    public init(
+        name: String, kind: DriverKind,
+        open: @escaping @Sendable (NodeOpening) async throws(BlockError) -> any BlockDriver,
+        create: (@Sendable (ImageCreation) async throws(BlockError) -> Void)? = nil,
+        filtersBacking: Bool = false,
+        probe: (@Sendable (UnsafeRawBufferPointer) -> Int)? = nil,
+        supportsBacking: Bool = false
+    ) {
+        self.name = name
+        self.kind = kind
+        self.open = open
+        self.create = create
+        self.filtersBacking = filtersBacking
+        self.probe = probe
+        self.supportsBacking = supportsBacking
+    }
+}
+
+/// One open node's driver.
+///
+/// Thread rule: everything is called on the thread of the graph. Requests that arrive here crossed an
+/// edge: within the node's size, aligned to its limits, permitted. They reach children through
+/// `Edge`s, never directly. Several are in flight at once; between two `await`s nothing else runs.
+///
+/// A driver whose promise could break by forwarding (a filter, above all) must say what happens to
+/// writes, zeroes, discards and resizes: none of these has a default.
+public protocol BlockDriver: AnyObject, Sendable {
+    /// The bytes at `offset`, into all of `vector`.
+    func read(_ offset: Int, into vector: IOVector, _ flags: ReadFlags) async throws(BlockError)
+
+    /// `flags` holds `fua` only when ``supportsFUA`` says so; dispatch flushes otherwise.
+    func write(_ offset: Int, from vector: IOVector, _ flags: WriteFlags) async throws(BlockError)
+
+    /// Makes `range` read as zeroes.
+    ///
+    /// - Throws: `unsupported` where that is no faster than writing: dispatch then writes zeroes,
+    ///   unless `noFallback` forbids it.
+    func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError)
+
+    /// The data in `range` is not needed any more. A hint: afterwards it reads as anything that it
+    /// ever was, or zeroes, but stays the same until it is written.
+    ///
+    /// - Throws: `unsupported` where nothing can be given back.
+    func discard(_ range: ByteRange) async throws(BlockError)
+
+    /// Everything written before is on stable storage on return. Children are the driver's to flush.
+    func flush() async throws(BlockError)
+
+    /// What is known of the bytes from `range.offset` on; of at most `range`, never empty.
+    ///
+    /// - Parameter precise: the caller wants to know about zeroes, at the price of asking storage.
+    func blockStatus(_ range: ByteRange, precise: Bool) async throws(BlockError) -> BlockStatus
+
+    /// Changes the size. Bytes that appear read as zeroes.
+    func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError)
+
+    /// The snapshot that this node gives access to, if it does.
+    var snapshotSource: (any SnapshotSource)? { get }
+
+    /// Whether `write` and `writeZeroes` take `fua`.
+    var supportsFUA: Bool { get }
+
+    /// What the node needs of the child behind `edge`, given what its own users do and allow.
+    func access(to edge: Edge, for users: Access) -> Access
+
+    /// May the node be used so? Called before any change of permissions takes effect.
+    func checkAccess(_ access: Access) throws(BlockError)
+    /// It is used so from now on; or, when `checkAccess` passed but another node refused, it is not.
+    func applyAccess(_ access: Access)
+    func abortAccess()
+
+    /// The node behind `edge` has another size now.
+    func childResized(_ edge: Edge)
+
+    /// Finishes internal work that is under way; no requests of users are.
+    func settle() async
+
+    var information: NodeInformation { get async throws(BlockError) }
+    /// The name people know the image by, as `json:{…}` when nothing plainer says it all.
+    var filename: String { get }
+
+    /// Writes everything out and lets go of resources. Called once, with nothing in flight.
+    ///
+    /// - Throws: when something could not be made durable; the node is closed all the same.
+    func close() async throws(BlockError)
+}
+
+extension BlockDriver {
+    public var snapshotSource: (any SnapshotSource)? { nil }
+    public var supportsFUA: Bool { false }
+    public func checkAccess(_ access: Access) throws(BlockError) {}
+    public func applyAccess(_ access: Access) {}
+    public func abortAccess() {}
+    public func childResized(_ edge: Edge) {}
+    public func settle() async {}
+    public var information: NodeInformation {
+        get async throws(BlockError) { NodeInformation() }
+    }
+    public func close() async throws(BlockError) {}
+}
+
+/// A driver that presents its only child's bytes: reads, flushes and status pass through.
+public protocol FilterDriver: BlockDriver {
+    /// The filtered child.
+    var child: Edge { get }
+}
+
+extension FilterDriver {
+    public func read(
+        _ offset: Int, into vector: IOVector, _ flags: ReadFlags
+    ) async throws(BlockError) {
+        try await child.read(offset, into: vector, flags)
+    }
+
+    public func flush() async throws(BlockError) {
+        try await child.flush()
+    }
+
+    public func blockStatus(
+        _ range: ByteRange, precise: Bool
+    ) async throws(BlockError) -> BlockStatus {
+        BlockStatus(
+            [], count: range.count, mapping: .init(node: child.node, offset: range.offset),
+            asksChild: true)
+    }
+
+    public var supportsFUA: Bool { true }
+
+    public func access(to edge: Edge, for users: Access) -> Access {
+        // A filter does with its child what is done with it, and nothing else.
+        users
+    }
+
+    public func childResized(_ edge: Edge) {
+        edge.parentNode?.size = edge.node.size
+    }
+
+    public var filename: String { child.node.driver.filename }
+}
+
+/// Gives access to a point in time of a node: what snapshot-access reads.
+public protocol SnapshotSource: AnyObject {
+    /// The snapshot's own size.
+    var snapshotSize: Int { get }
+    func readSnapshot(_ offset: Int, into vector: IOVector) async throws(BlockError)
+    func snapshotStatus(
+        _ range: ByteRange, precise: Bool
+    ) async throws(BlockError) -> BlockStatus
+    /// That part of the snapshot is not needed any more; its space is given back.
+    func discardSnapshot(_ range: ByteRange) async throws(BlockError)
+}

@@ -1,0 +1,301 @@
+import BlockCore
+
+// What dispatch does between the edge and the driver.
+
+extension BlockNode {
+    // MARK: Read
+
+    @inline(__always)
+    func alignedRead(
+        _ offset: Int, into vector: IOVector, _ flags: ReadFlags
+    ) async throws(BlockError) {
+        if (offset | vector.count).isAligned(to: limits.requestAlignment),
+            vector.count <= limits.transferMax, vector.isAligned(to: limits.memoryAlignment)
+        {
+            try await driver.read(offset, into: vector, flags)
+        } else {
+            try await awkwardRead(offset, into: vector, flags)
+        }
+    }
+
+    /// Too long, or not aligned.
+    private func awkwardRead(
+        _ offset: Int, into vector: IOVector, _ flags: ReadFlags
+    ) async throws(BlockError) {
+        var done = 0
+        while done < vector.count {
+            let wanted = ByteRange(offset + done, min(vector.count - done, transferUnit))
+            guard let around = wanted.aligned(to: limits.requestAlignment) else {
+                throw BlockError(.outOfRange, "a read ends past every size", node: name)
+            }
+            // The driver needs aligned memory, or reads more than was asked for: it reads here first.
+            let bounce = try IOVector(allocating: around.count)
+            try await driver.read(around.offset, into: bounce, flags)
+            vector.slice(done, wanted.count)
+                .copy(from: bounce.slice(wanted.offset - around.offset, wanted.count))
+            done += wanted.count
+        }
+    }
+
+    /// Pieces of what is too long or unaligned; a multiple of the alignment, with room around.
+    private var transferUnit: Int {
+        max(limits.requestAlignment, min(limits.transferMax, 1 << 20) - limits.requestAlignment)
+            .roundedDown(to: limits.requestAlignment)
+    }
+
+    // MARK: Write
+
+    @inline(__always)
+    func begin(_ range: ByteRange, serialising: Bool) async -> UInt64 {
+        let (identifier, waits) = tracker.enter(range, serialising: serialising)
+        if waits { await waitForTurn(identifier) }
+        return identifier
+    }
+
+    private func waitForTurn(_ identifier: UInt64) async {
+        repeat {
+            await withUnsafeContinuation { tracker.sleep($0) }
+        } while tracker.mustWait(identifier)
+    }
+
+    @inline(__always)
+    func trackedWrite(
+        _ offset: Int, from vector: IOVector, _ flags: WriteFlags
+    ) async throws(BlockError) {
+        let range = ByteRange(offset, vector.count)
+        let isAligned = range.isAligned(to: limits.requestAlignment)
+        let tracked =
+            isAligned ? range : (range.aligned(to: limits.requestAlignment) ?? range)
+        let identifier = await begin(
+            tracked, serialising: !isAligned || flags.contains(.serialising))
+        do throws(BlockError) {
+            if isAligned, vector.count <= limits.transferMax,
+                vector.isAligned(to: limits.memoryAlignment),
+                options.zeroDetection == .off, !flags.contains(.fua) || driver.supportsFUA
+            {
+                try await driver.write(offset, from: vector, flags)
+            } else {
+                try await awkwardWrite(offset, from: vector, flags)
+            }
+        } catch {
+            tracker.leave(identifier)
+            throw error
+        }
+        written(range)
+        tracker.leave(identifier)
+    }
+
+    @inline(__always)
+    private func written(_ range: ByteRange) {
+        if range.end > highestWrittenOffset { highestWrittenOffset = range.end }
+        if !writeObservers.isEmpty {
+            for observer in writeObservers { observer.changed(range) }
+        }
+    }
+
+    /// Too long, not aligned, to be looked through for zeroes, or in need of a flush.
+    private func awkwardWrite(
+        _ offset: Int, from vector: IOVector, _ flags: WriteFlags
+    ) async throws(BlockError) {
+        var passed = flags
+        let flushesAfter = flags.contains(.fua) && !driver.supportsFUA
+        if flushesAfter { passed.remove(.fua) }
+        if options.zeroDetection != .off, vector.isZero {
+            var zeroFlags = passed
+            if options.zeroDetection == .unmap { zeroFlags.insert(.mayUnmap) }
+            try await zeroesOrWrites(ByteRange(offset, vector.count), zeroFlags)
+        } else {
+            var done = 0
+            while done < vector.count {
+                let piece = ByteRange(
+                    offset + done, pieceLength(offset + done, vector.count - done))
+                try await writePiece(piece, vector.slice(done, piece.count), passed)
+                done += piece.count
+            }
+        }
+        if flushesAfter { try await stickyFlush() }
+    }
+
+    /// How much of `count` bytes at `offset` goes in one call: an unaligned head or tail alone.
+    private func pieceLength(_ offset: Int, _ count: Int) -> Int {
+        let alignment = limits.requestAlignment
+        let head = offset & (alignment - 1)
+        if head != 0 { return min(count, alignment - head) }
+        if count < alignment { return count }
+        return min(count.roundedDown(to: alignment), transferUnit)
+    }
+
+    private func writePiece(
+        _ range: ByteRange, _ vector: IOVector, _ flags: WriteFlags
+    ) async throws(BlockError) {
+        let isAligned = range.isAligned(to: limits.requestAlignment)
+        if isAligned, vector.isAligned(to: limits.memoryAlignment) {
+            try await driver.write(range.offset, from: vector, flags)
+            return
+        }
+        guard let around = range.aligned(to: limits.requestAlignment) else {
+            throw BlockError(.outOfRange, "a write ends past every size", node: name)
+        }
+        // Read-modify-write; the request is serialising, so nothing changes in between.
+        let bounce = try IOVector(allocating: around.count)
+        if !isAligned { try await driver.read(around.offset, into: bounce, []) }
+        bounce.slice(range.offset - around.offset, range.count).copy(from: vector)
+        try await driver.write(around.offset, from: bounce, flags)
+    }
+
+    // MARK: Zeroes
+
+    func trackedZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
+        let alignment = limits.requestAlignment
+        let isAligned = range.isAligned(to: alignment)
+        let identifier = await begin(
+            isAligned ? range : (range.aligned(to: alignment) ?? range),
+            serialising: !isAligned || flags.contains(.serialising))
+        defer { tracker.leave(identifier) }
+        var passed = flags
+        let flushesAfter = flags.contains(.fua) && !driver.supportsFUA
+        if flushesAfter { passed.remove(.fua) }
+        // Zeroes give space back only where discards may.
+        if !options.discards { passed.remove(.mayUnmap) }
+
+        // The unaligned ends are written; the aligned middle is for the driver.
+        let start = range.offset.roundedUp(to: alignment) ?? range.end
+        let end = range.end.roundedDown(to: alignment)
+        if start < end {
+            if start > range.offset {
+                try await writeZeroBytes(ByteRange(from: range.offset, to: start), passed)
+            }
+            try await zeroesOrWrites(ByteRange(from: start, to: end), passed)
+            if end < range.end {
+                try await writeZeroBytes(ByteRange(from: end, to: range.end), passed)
+            }
+        } else {
+            try await writeZeroBytes(range, passed)
+        }
+        written(range)
+        if flushesAfter { try await stickyFlush() }
+    }
+
+    /// `range` is aligned.
+    private func zeroesOrWrites(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
+        do throws(BlockError) {
+            try await driver.writeZeroes(range, flags)
+        } catch  where error.code == .unsupported && !flags.contains(.noFallback) {
+            try await writeZeroBytes(range, flags)
+        }
+    }
+
+    private func writeZeroBytes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
+        let chunk = min(range.count, min(transferUnit, 1 << 20))
+        let zeroes = try IOVector(allocating: chunk)
+        zeroes.fill(0)
+        var passed = flags
+        passed.remove([.mayUnmap, .noFallback])
+        var offset = range.offset
+        while offset < range.end {
+            let count = min(pieceLength(offset, range.end - offset), chunk)
+            try await writePiece(ByteRange(offset, count), zeroes.slice(0, count), passed)
+            offset += count
+        }
+    }
+
+    // MARK: Discard, flush
+
+    func trackedDiscard(_ range: ByteRange) async throws(BlockError) {
+        let alignment = max(limits.requestAlignment, 1)
+        // A hint: what does not fill whole units stays.
+        guard let start = range.offset.roundedUp(to: alignment) else { return }
+        // The end of the node counts as aligned.
+        let end = range.end == size ? range.end : range.end.roundedDown(to: alignment)
+        guard start < end else { return }
+        let inner = ByteRange(from: start, to: end)
+        let identifier = await begin(inner, serialising: false)
+        defer { tracker.leave(identifier) }
+        do throws(BlockError) {
+            try await driver.discard(inner)
+        } catch  where error.code == .unsupported {
+            return
+        }
+        written(inner)
+    }
+
+    func stickyFlush() async throws(BlockError) {
+        if let flushFailure { throw flushFailure }
+        if options.ignoresFlush && description.kind == .storage { return }
+        do throws(BlockError) {
+            try await driver.flush()
+        } catch {
+            let failure = BlockError(
+                error.code, "an earlier flush failed: \(error.message)",
+                remedy: "what was written since the last good flush may be lost: check it, then "
+                    + "close and open the image again", node: error.node ?? name,
+                systemError: error.systemError)
+            flushFailure = failure
+            throw error
+        }
+    }
+
+    // MARK: Status
+
+    func status(_ range: ByteRange, precise: Bool) async throws(BlockError) -> BlockStatus {
+        let alignment = limits.requestAlignment
+        let asked =
+            (range.aligned(to: alignment) ?? range)
+            .intersection(ByteRange(0, max(size, range.end))) ?? range
+        var status = try await driver.blockStatus(asked, precise: precise)
+        // Back from the aligned question to the one that was put.
+        let skipped = range.offset - asked.offset
+        status.count = min(max(status.count - skipped, 1), range.count)
+        status.mapping?.offset += skipped
+
+        if status.asksChild, let mapping = status.mapping, let child = mapping.node,
+            precise || status.flags.isDisjoint(with: [.data, .zero])
+        {
+            status = try await refine(status, mapping, child, precise: precise)
+        }
+        if status.flags.contains(.zero) || status.flags.contains(.data) {
+            status.flags.insert(.allocated)
+        }
+        if range.offset + status.count == size { status.flags.insert(.endOfNode) }
+        return status
+    }
+
+    /// Asks the child that stores the run.
+    private func refine(
+        _ own: BlockStatus, _ mapping: BlockStatus.Mapping, _ child: BlockNode, precise: Bool
+    ) async throws(BlockError) -> BlockStatus {
+        var result = own
+        guard mapping.offset < child.size else {
+            // Past the child's end there are only zeroes.
+            result.flags.insert(.zero)
+            return result
+        }
+        let below = try await child.status(
+            ByteRange(mapping.offset, min(own.count, child.size - mapping.offset)),
+            precise: precise)
+        result.count = below.count
+        if own.flags.isDisjoint(with: [.data, .zero]) {
+            // A filter: it is as its child says.
+            result.flags = below.flags
+            result.flags.remove(.endOfNode)
+            result.mapping = below.mapping
+        } else if below.flags.contains(.zero) {
+            result.flags.insert(.zero)
+        }
+        return result
+    }
+}
+
+extension IOVector {
+    /// Whether every part's address and length is a multiple of `alignment`.
+    @inline(__always)
+    func isAligned(to alignment: Int) -> Bool {
+        if alignment <= 1 { return true }
+        var result = true
+        forEachSegment { segment in
+            let address = Int(bitPattern: segment.bytes.baseAddress)
+            if !(address | segment.count).isAligned(to: alignment) { result = false }
+        }
+        return result
+    }
+}

@@ -1,0 +1,140 @@
+import BlockCore
+import BlockIO
+
+/// One node of the graph: a driver, its children and its users. Confined to the graph's thread.
+///
+/// Invariants:
+/// 1. `file` and `backing` are what the roles of `children` say; see `deriveLinks`. Nobody sets them.
+/// 2. Every parent's uses are within what every other parent shares, and within what the driver
+///    accepted.
+/// 3. A node lives while it has a holder: the monitor, a parent edge, or a temporary hold. Who
+///    they are is there to be asked.
+public final class BlockNode: @unchecked Sendable {
+    public let name: String
+    public unowned let graph: BlockGraph
+    public let thread: IOThread
+    public let description: DriverDescription
+    /// The options it was opened with, children by name.
+    public internal(set) var options: NodeOptions
+
+    private var openDriver: (any BlockDriver)?
+    /// The driver of an open node.
+    @inline(__always)
+    public var driver: any BlockDriver {
+        guard let openDriver else { preconditionFailure("node '\(name)' is not open") }
+        return openDriver
+    }
+    var isOpen: Bool { openDriver != nil }
+
+    /// In bytes. The driver sets it when it opens and when it changes.
+    public var size = 0 {
+        didSet { if size != oldValue { announceSize() } }
+    }
+    /// The driver sets them when it opens.
+    public var limits = NodeLimits()
+
+    /// In the order they were attached.
+    public internal(set) var children: [Edge] = []
+    /// In the order they were attached.
+    public internal(set) var parents: [Edge] = []
+    public private(set) var file: Edge?
+    public private(set) var backing: Edge?
+
+    /// The monitor (or the command line) holds it, until `blockdev-del`.
+    public internal(set) var isMonitorOwned = false
+    var temporaryHolds: [String: Int] = [:]
+
+    /// What all users together do and allow.
+    public internal(set) var cumulativeAccess = Access.none
+
+    // Of the requests path; see `Edge+Requests.swift`.
+    var tracker = RequestTracker()
+    /// Invariant: once set it stays; every later flush reports it (design: a failed flush is sticky).
+    var flushFailure: BlockError?
+    /// Bytes past this were never written through this node.
+    public internal(set) var highestWrittenOffset = 0
+    /// Dirty bitmaps of the node, told of every change.
+    public internal(set) var writeObservers: [any WriteObserver] = []
+
+    init(
+        name: String, graph: BlockGraph, description: DriverDescription, options: NodeOptions
+    ) {
+        self.name = name
+        self.graph = graph
+        self.description = description
+        self.options = options
+        thread = graph.thread
+    }
+
+    func setDriver(_ driver: any BlockDriver) {
+        openDriver = driver
+    }
+
+    public var isReadOnly: Bool { options.isReadOnly }
+
+    /// A node's users, for queries and errors.
+    public var holders: [String] {
+        (isMonitorOwned ? ["monitor"] : []) + parents.map(\.parentDescription)
+            + temporaryHolds.keys.sorted()
+    }
+
+    var isHeld: Bool { isMonitorOwned || !parents.isEmpty || !temporaryHolds.isEmpty }
+
+    /// The one child of a filter.
+    public var filteredChild: Edge? {
+        children.first { $0.roles.contains([.filtered, .primary]) }
+    }
+
+    public func child(named name: String) -> Edge? {
+        children.first { $0.name == name }
+    }
+
+    // MARK: Links
+
+    /// Invariant 1, in the one place where children come and go.
+    func deriveLinks() {
+        file = nil
+        backing = nil
+        for edge in children {
+            if edge.roles.contains(.cow) {
+                backing = edge
+            } else if edge.roles.contains([.filtered, .primary]) {
+                if description.filtersBacking { backing = edge } else { file = edge }
+            } else if edge.roles.contains(.primary) {
+                file = edge
+            }
+        }
+    }
+
+    private func announceSize() {
+        for edge in parents {
+            switch edge.parent {
+            case .node(let parent): if parent.isOpen { parent.driver.childResized(edge) }
+            case .user(let user): user.nodeResized(edge)
+            }
+        }
+    }
+
+    // MARK: Observers
+
+    public func addWriteObserver(_ observer: any WriteObserver) {
+        writeObservers.append(observer)
+    }
+
+    public func removeWriteObserver(_ observer: any WriteObserver) {
+        writeObservers.removeAll { $0 === observer }
+    }
+}
+
+/// Told of every range that a node's users changed, after the change: dirty bitmaps.
+public protocol WriteObserver: AnyObject {
+    func changed(_ range: ByteRange)
+}
+
+extension BlockNode {
+    /// For a driver that was allowed to fall back (`auto-read-only`) while it opens.
+    public func setReadOnly() {
+        precondition(!isOpen, "a node's mode is settled once it is open")
+        options.isReadOnly = true
+    }
+}

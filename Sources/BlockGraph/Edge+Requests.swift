@@ -1,0 +1,227 @@
+import BlockCore
+import BlockIO
+
+// The one checked way of a request into a node.
+//
+// Each request method: waits at the gate (users' edges), checks range and permission, cuts what is
+// too long, aligns what is not aligned, keeps serialising writes apart, calls the driver, and counts.
+// The common case — aligned, short enough, nobody serialising — goes straight through.
+
+extension Edge {
+    // MARK: Read
+
+    /// Reads the bytes at `offset` into all of `vector`.
+    ///
+    /// - Throws: `outOfRange` past the end of the node, and what the driver throws.
+    public func read(
+        _ offset: Int, into vector: IOVector, _ flags: ReadFlags = []
+    ) async throws(BlockError) {
+        let node = node
+        try check(offset, vector.count, of: node, uses: .consistentRead)
+        if vector.count == 0 { return }
+        guard isRoot else {
+            try await node.alignedRead(offset, into: vector, flags)
+            return
+        }
+        await enter()
+        let start = node.thread.now
+        do throws(BlockError) {
+            try await self.node.alignedRead(offset, into: vector, flags)
+        } catch {
+            finish(.read, 0, since: start, failed: true)
+            throw error.on(node: node.name)
+        }
+        finish(.read, vector.count, since: start)
+    }
+
+    // MARK: Write
+
+    /// Writes all of `vector` at `offset`.
+    ///
+    /// - Throws: `outOfRange` past the end, `readOnly`, and what the driver throws.
+    public func write(
+        _ offset: Int, from vector: IOVector, _ flags: WriteFlags = []
+    ) async throws(BlockError) {
+        let node = node
+        try checkWrite(offset, vector.count, of: node, flags)
+        if vector.count == 0 { return }
+        guard isRoot else {
+            try await node.trackedWrite(offset, from: vector, flags)
+            return
+        }
+        await enter()
+        let start = node.thread.now
+        do throws(BlockError) {
+            try await self.node.trackedWrite(offset, from: vector, flags)
+        } catch {
+            finish(.write, 0, since: start, failed: true)
+            throw error.on(node: node.name)
+        }
+        finish(.write, vector.count, since: start)
+    }
+
+    /// Makes `range` read as zeroes.
+    ///
+    /// - Throws: `unsupported` with `noFallback` where that is no faster than writing.
+    public func writeZeroes(
+        _ range: ByteRange, _ flags: WriteFlags = []
+    ) async throws(BlockError) {
+        let node = node
+        try checkWrite(range.offset, range.count, of: node, flags)
+        if range.isEmpty { return }
+        try await counted(.writeZeroes, range.count) { node throws(BlockError) in
+            try await node.trackedZeroes(range, flags)
+        }
+    }
+
+    /// Says that `range` is not needed any more. A hint: what cannot be given back stays.
+    public func discard(_ range: ByteRange) async throws(BlockError) {
+        let node = node
+        try checkWrite(range.offset, range.count, of: node, [])
+        // The user decided for the node that its discards go no further.
+        if range.isEmpty || !node.options.discards { return }
+        try await counted(.discard, range.count) { node throws(BlockError) in
+            try await node.trackedDiscard(range)
+        }
+    }
+
+    /// Everything written before is on stable storage on return.
+    ///
+    /// - Throws: also when an earlier flush of the node failed.
+    public func flush() async throws(BlockError) {
+        try await counted(.flush, 0) { node throws(BlockError) in
+            try await node.stickyFlush()
+        }
+    }
+
+    // MARK: Status
+
+    /// What is known of the bytes from `range.offset` on.
+    ///
+    /// - Parameter precise: ask storage about zeroes too.
+    /// - Returns: a run of at least 1 and at most `range.count` bytes.
+    public func blockStatus(
+        _ range: ByteRange, precise: Bool = true
+    ) async throws(BlockError) -> BlockStatus {
+        try check(range.offset, range.count, of: node, uses: [])
+        guard !range.isEmpty else {
+            throw BlockError(.invalidArgument, "block status of nothing", node: node.name)
+        }
+        guard isRoot else { return try await node.status(range, precise: precise) }
+        await enter()
+        defer { leave() }
+        return try await node.status(range, precise: precise)
+    }
+
+    // MARK: Resize
+
+    /// Changes the size of the node; bytes that appear read as zeroes.
+    public func resize(
+        to size: Int, _ preallocation: Preallocation = .off
+    ) async throws(BlockError) {
+        let node = node
+        guard size >= 0, size <= Limits.nodeSizeMax else {
+            throw BlockError(
+                .invalidArgument, "a size of \(size) bytes is out of bounds", node: node.name)
+        }
+        guard access.uses.contains(.resize) else {
+            throw BlockError(
+                .permissionDenied, "\(parentDescription) may not resize it", node: node.name)
+        }
+        if node.isReadOnly { throw BlockError(.readOnly, "the node is read-only", node: node.name) }
+        if isRoot { await enter() }
+        defer { if isRoot { leave() } }
+        let whole = ByteRange(0, max(size, node.size))
+        let identifier = await node.begin(whole, serialising: true)
+        defer { node.tracker.leave(identifier) }
+        do throws(BlockError) {
+            try await node.driver.resize(to: size, preallocation)
+        } catch {
+            throw error.on(node: node.name)
+        }
+    }
+
+    // MARK: Snapshot access
+
+    /// The snapshot that the node behind the edge gives access to.
+    ///
+    /// - Throws: `unsupported` where it gives none.
+    public func snapshotSource() throws(BlockError) -> any SnapshotSource {
+        guard let source = node.driver.snapshotSource else {
+            throw BlockError(
+                .unsupported,
+                "driver '\(node.description.name)' gives no access to snapshots",
+                remedy: "use a copy-before-write node", node: node.name)
+        }
+        return source
+    }
+
+    // MARK: Checks and counts
+
+    @inline(__always)
+    private func check(
+        _ offset: Int, _ count: Int, of node: BlockNode, uses: Permission
+    ) throws(BlockError) {
+        guard offset >= 0, count >= 0, count <= node.size, offset <= node.size &- count else {
+            throw Self.outOfRange(offset, count, node)
+        }
+        guard access.uses.isSuperset(of: uses) else { throw denied(uses) }
+    }
+
+    @inline(__always)
+    private func checkWrite(
+        _ offset: Int, _ count: Int, of node: BlockNode, _ flags: WriteFlags
+    ) throws(BlockError) {
+        let uses: Permission = flags.contains(.unchanged) ? .writeUnchanged : .write
+        guard offset >= 0, count >= 0, count <= node.size, offset <= node.size &- count else {
+            throw Self.outOfRange(offset, count, node)
+        }
+        if node.isReadOnly { throw BlockError(.readOnly, "the node is read-only", node: node.name) }
+        guard !access.uses.isDisjoint(with: [uses, .write]) else { throw denied(uses) }
+    }
+
+    private static func outOfRange(_ offset: Int, _ count: Int, _ node: BlockNode) -> BlockError {
+        BlockError(
+            .outOfRange, "\(count) bytes at \(offset) reach past its end at \(node.size)",
+            node: node.name)
+    }
+
+    private func denied(_ permission: Permission) -> BlockError {
+        BlockError(
+            .permissionDenied,
+            "\(parentDescription) has no \(permission.names.joined(separator: ", ")) permission",
+            node: node.name)
+    }
+
+    private func counted(
+        _ kind: RequestKind, _ bytes: Int,
+        _ body: (BlockNode) async throws(BlockError) -> Void
+    ) async throws(BlockError) {
+        guard isRoot else {
+            try await body(node)
+            return
+        }
+        await enter()
+        let node = node
+        let start = node.thread.now
+        do throws(BlockError) {
+            try await body(node)
+        } catch {
+            finish(kind, 0, since: start, failed: true)
+            throw error.on(node: node.name)
+        }
+        finish(kind, bytes, since: start)
+    }
+
+    @inline(__always)
+    private func finish(
+        _ kind: RequestKind, _ bytes: Int, since start: UInt64, failed: Bool = false
+    ) {
+        if failed {
+            statistics.noteFailure(kind)
+        } else {
+            statistics.note(kind, bytes: bytes, nanoseconds: node.thread.now &- start)
+        }
+        leave()
+    }
+}

@@ -1,0 +1,111 @@
+import BlockCore
+import BlockIO
+import QMP
+
+/// What a driver has at hand while its node opens.
+public final class NodeOpening {
+    public let node: BlockNode
+    /// The driver's own options; what it does not read is reported as unknown.
+    public let options: OptionReader
+    private let nesting: Int
+
+    public var graph: BlockGraph { node.graph }
+    public var thread: IOThread { node.thread }
+
+    init(node: BlockNode, options: OptionReader, nesting: Int) {
+        self.node = node
+        self.options = options
+        self.nesting = nesting
+    }
+
+    /// Opens or refers to the child that option `name` describes.
+    ///
+    /// - Parameters:
+    ///   - fallback: options to open the child with when the option is not there.
+    /// - Returns: `nil` when the option is null, or not there and there is no fallback.
+    public func child(
+        _ name: String, roles: ChildRole, fallback: JSONValue? = nil
+    ) async throws(BlockError) -> Edge? {
+        guard let value = try options.value(name) ?? fallback else { return nil }
+        let child: BlockNode
+        switch value {
+        case .null:
+            return nil
+        case .string(let reference):
+            child = try node.graph.requireNode(named: reference)
+        default:
+            child = try await node.graph.openUnheld(
+                value, inheriting: node.options.inherited(by: roles), needsName: false,
+                nesting: nesting + 1)
+        }
+        let transaction = GraphTransaction(node.graph)
+        do throws(BlockError) {
+            let edge = try transaction.attach(child, to: .node(node), as: name, roles: roles)
+            try transaction.commit()
+            return edge
+        } catch {
+            transaction.abort()
+            throw error
+        }
+    }
+
+    /// ``child(_:roles:fallback:)`` for a child that must be there.
+    public func requiredChild(
+        _ name: String, roles: ChildRole
+    ) async throws(BlockError) -> Edge {
+        guard let edge = try await child(name, roles: roles) else {
+            throw BlockError(
+                .invalidArgument, "option '\(name)' is missing",
+                remedy: "give a node's name, or options to open one")
+        }
+        return edge
+    }
+}
+
+/// What a driver has at hand while it makes an image.
+public final class ImageCreation: NodeUser {
+    public let graph: BlockGraph
+    /// The driver's creation options, as `blockdev-create` names them.
+    public let options: OptionReader
+    private var targets: [Edge] = []
+
+    public var thread: IOThread { graph.thread }
+    public let userDescription = "image creation"
+
+    public init(_ graph: BlockGraph, options: OptionReader) {
+        self.graph = graph
+        self.options = options
+    }
+
+    /// The storage to make the image in: a node's name, or options to open one.
+    ///
+    /// - Throws: also when the node may not be written and resized.
+    public func target(_ name: String) async throws(BlockError) -> Edge {
+        guard let value = try options.value(name) else {
+            throw BlockError(
+                .invalidArgument, "option '\(name)' is missing", remedy: "name the node to write to"
+            )
+        }
+        let node: BlockNode
+        if case .string(let reference) = value {
+            node = try graph.requireNode(named: reference)
+            node.hold("image creation")
+        } else {
+            node = try await graph.open(value)
+            node.hold("image creation")
+            node.release("opening")
+        }
+        defer { node.release("image creation") }
+        let edge = try graph.attach(
+            self, to: node, as: name,
+            Access(uses: [.consistentRead, .write, .resize], shares: []))
+        targets.append(edge)
+        return edge
+    }
+
+    /// Flushes nothing; lets go of the targets. Called by whoever started the creation.
+    public func finish() async throws(BlockError) {
+        for edge in targets { try await graph.detach(edge) }
+        targets = []
+    }
+}

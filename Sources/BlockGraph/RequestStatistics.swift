@@ -1,0 +1,56 @@
+import BlockCore
+
+/// The kinds of requests that statistics tell apart.
+public enum RequestKind: Int, Sendable, CaseIterable {
+    case read, write, writeZeroes, discard, flush, blockStatus
+}
+
+/// Latencies in powers of two of a microsecond: bucket 0 is below 1 µs, bucket n below 2ⁿ µs, the
+/// last one everything above.
+public struct LatencyHistogram: Sendable {
+    public static let bucketCount = 24
+    public private(set) var counts = [UInt64](repeating: 0, count: bucketCount)
+
+    @inline(__always)
+    mutating func add(nanoseconds: UInt64) {
+        let microseconds = nanoseconds / 1000
+        let bucket = UInt64.bitWidth - microseconds.leadingZeroBitCount
+        counts[min(bucket, Self.bucketCount - 1)] += 1
+    }
+}
+
+/// What one user did with a node.
+public struct RequestStatistics: Sendable {
+    public struct Counter: Sendable {
+        public var requests: UInt64 = 0
+        public var failures: UInt64 = 0
+        public var bytes: UInt64 = 0
+        public var nanoseconds: UInt64 = 0
+        public var latencies = LatencyHistogram()
+    }
+    private var counters = [Counter](repeating: Counter(), count: RequestKind.allCases.count)
+
+    public subscript(kind: RequestKind) -> Counter { counters[kind.rawValue] }
+
+    @inline(__always)
+    mutating func note(_ kind: RequestKind, bytes: Int, nanoseconds: UInt64) {
+        counters[kind.rawValue].requests &+= 1
+        counters[kind.rawValue].bytes &+= UInt64(bytes)
+        counters[kind.rawValue].nanoseconds &+= nanoseconds
+        counters[kind.rawValue].latencies.add(nanoseconds: nanoseconds)
+    }
+
+    mutating func noteFailure(_ kind: RequestKind) {
+        counters[kind.rawValue].failures &+= 1
+    }
+}
+
+/// What trace events tell of one request that crossed an edge.
+public struct RequestTrace: Sendable {
+    public var node: String
+    public var edge: String
+    public var kind: RequestKind
+    public var range: ByteRange
+    public var nanoseconds: UInt64
+    public var failed: Bool
+}

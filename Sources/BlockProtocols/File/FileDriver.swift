@@ -1,0 +1,275 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import QMP
+
+/// `file` and `host_device`: a local file, or a block device.
+///
+/// Flushing is `fdatasync`, or `fsync` once the size has changed. Discards punch holes; zeroes are
+/// made by the file system where it can. Sizes that are no multiple of the alignment (direct I/O) are
+/// served by reading past the end, where the file has nothing and zeroes are.
+public final class FileDriver: BlockDriver, @unchecked Sendable {
+    enum Locking: String, Sendable, CaseIterable { case on, off, auto }
+    enum AsynchronousIO: String, Sendable, CaseIterable { case threads, native, uring = "io_uring" }
+
+    private let node: BlockNode
+    private let file: File
+    private let isDevice: Bool
+    private var locks: ImageLocks?
+    /// The file's size; the node's is rounded up to the alignment by nobody: clients see this one.
+    private var fileSize: Int
+    private var sizeChanged = false
+    private var canPunchHoles = true
+    private var canZeroRanges = true
+    private var canFindHoles: Bool
+
+    private init(
+        node: BlockNode, file: File, status: FileStatus, isDevice: Bool, locks: ImageLocks?
+    ) {
+        self.node = node
+        self.file = file
+        self.isDevice = isDevice
+        self.locks = locks
+        fileSize = status.size
+        canFindHoles = !isDevice
+        node.size = status.size
+        node.limits.requestAlignment = status.directAlignment
+        node.limits.memoryAlignment = status.directAlignment
+        // A file system gives back whole blocks.
+        node.limits.allocationUnit = 4096
+    }
+
+    // MARK: Open
+
+    static func open(_ opening: NodeOpening, device: Bool) async throws(BlockError) -> FileDriver {
+        let options = opening.options
+        guard let name = try options.string("filename") else {
+            throw BlockError(.invalidArgument, "option 'filename' is missing")
+        }
+        let locking = try options.enumeration("locking", as: Locking.self) ?? .auto
+        // The engine is the thread's; the option is taken for compatibility, and checked.
+        let mode = try options.enumeration("aio", as: AsynchronousIO.self)
+        if mode == .native, !opening.node.options.isDirect {
+            throw BlockError(
+                .invalidArgument, "aio=native was specified, but it requires cache.direct=on")
+        }
+        _ = try options.int("aio-max-batch")
+        _ = try options.bool("drop-cache")
+
+        let path = name.hasPrefix("file:") ? String(name.dropFirst(5)) : name
+        let file = try await openFile(path, opening)
+        do throws(BlockError) {
+            let status = try await file.status()
+            try check(status.kind, device: device, path)
+            var locks: ImageLocks?
+            if locking != .off, !opening.node.options.sharesAll {
+                locks = ImageLocks(file, identity: status.identity, required: locking == .on)
+            }
+            return FileDriver(
+                node: opening.node, file: file, status: status, isDevice: device, locks: locks)
+        } catch {
+            await file.close()
+            throw error
+        }
+    }
+
+    private static func openFile(
+        _ path: String, _ opening: NodeOpening
+    ) async throws(BlockError) -> File {
+        let options = opening.node.options
+        let direct = options.isDirect
+        do throws(BlockError) {
+            return try await File.open(
+                path, FileOptions(writable: !options.isReadOnly, direct: direct), on: opening.thread
+            )
+        } catch {
+            let mayFallBack = options.autoReadOnly && !options.isReadOnly
+            guard mayFallBack, error.code == .permissionDenied || error.code == .readOnly else {
+                throw error
+            }
+        }
+        opening.node.setReadOnly()
+        return try await File.open(
+            path, FileOptions(writable: false, direct: direct), on: opening.thread)
+    }
+
+    private static func check(
+        _ kind: FileStatus.Kind, device: Bool, _ path: String
+    ) throws(BlockError) {
+        switch (kind, device) {
+        case (.regular, false), (.blockDevice, true): return
+        case (.blockDevice, false):
+            throw BlockError(
+                .invalidArgument, "'\(path)' is a block device", remedy: "use driver=host_device")
+        case (.regular, true):
+            throw BlockError(
+                .invalidArgument, "'\(path)' is a regular file", remedy: "use driver=file")
+        default:
+            throw BlockError(
+                .invalidArgument, "'\(path)' is neither a regular file nor a block device")
+        }
+    }
+
+    // MARK: Data
+
+    public func read(
+        _ offset: Int, into vector: IOVector, _ flags: ReadFlags
+    ) async throws(BlockError) {
+        let count = try await file.read(vector, at: offset)
+        if count < vector.count {
+            // Only past the real end of the file are there zeroes. Elsewhere someone cut it short.
+            guard offset + count >= fileSize else {
+                throw BlockError(
+                    .inputOutput,
+                    "'\(file.path)' ends at \(offset + count), before its known end at \(fileSize)",
+                    remedy: "something else truncated it")
+            }
+            vector.zero(count, vector.count - count)
+        }
+    }
+
+    public var supportsFUA: Bool { true }
+
+    public func write(
+        _ offset: Int, from vector: IOVector, _ flags: WriteFlags
+    ) async throws(BlockError) {
+        try await file.write(vector, at: offset, durable: flags.contains(.fua))
+    }
+
+    public func writeZeroes(
+        _ range: ByteRange, _ flags: WriteFlags
+    ) async throws(BlockError) {
+        let mode: AllocationMode
+        if flags.contains(.mayUnmap), canPunchHoles {
+            mode = .punchHole
+        } else if canZeroRanges {
+            mode = .zeroKeepingSpace
+        } else {
+            throw BlockError(.unsupported, "the file system cannot zero a range")
+        }
+        do throws(BlockError) {
+            try await file.allocate(mode, range)
+        } catch  where error.code == .unsupported {
+            if mode == .punchHole { canPunchHoles = false } else { canZeroRanges = false }
+            throw error
+        }
+        if flags.contains(.fua) { try await file.synchronize() }
+    }
+
+    public func discard(_ range: ByteRange) async throws(BlockError) {
+        guard canPunchHoles else { throw BlockError(.unsupported, "no holes can be made") }
+        do throws(BlockError) {
+            try await file.allocate(.punchHole, range)
+        } catch  where error.code == .unsupported {
+            canPunchHoles = false
+            throw error
+        }
+    }
+
+    public func flush() async throws(BlockError) {
+        let withSize = sizeChanged
+        try await file.synchronize(dataOnly: !withSize)
+        if withSize { sizeChanged = false }
+    }
+
+    public func blockStatus(
+        _ range: ByteRange, precise: Bool
+    ) async throws(BlockError) -> BlockStatus {
+        let mapping = BlockStatus.Mapping(node: nil, offset: range.offset)
+        let all = BlockStatus([.data, .allocated], count: range.count, mapping: mapping)
+        guard precise, canFindHoles else { return all }
+        let found: (isData: Bool, end: Int)?
+        do throws(BlockError) {
+            found = try await file.extent(at: range.offset)
+        } catch  where error.code == .unsupported || error.code == .invalidArgument {
+            canFindHoles = false
+            return all
+        }
+        // Nothing more: past the end of what the file has.
+        guard let found, found.end > range.offset else {
+            return BlockStatus([.zero, .allocated], count: range.count, mapping: mapping)
+        }
+        return BlockStatus(
+            [found.isData ? .data : .zero, .allocated],
+            count: min(found.end - range.offset, range.count), mapping: mapping)
+    }
+
+    // MARK: Size
+
+    public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {
+        if isDevice {
+            guard size == fileSize else {
+                throw BlockError(.unsupported, "a device cannot be resized")
+            }
+            return
+        }
+        let old = fileSize
+        switch preallocation {
+        case .metadata:
+            throw BlockError(
+                .unsupported, "preallocation=metadata is for formats, not for files",
+                remedy: "use off, falloc or full")
+        case .falloc, .full:
+            guard size > old else {
+                throw BlockError(.unsupported, "preallocation is for growing only")
+            }
+            try await grow(from: old, to: size, writing: preallocation == .full)
+        case .off:
+            try await file.setSize(size)
+        }
+        fileSize = size
+        sizeChanged = true
+        node.size = size
+    }
+
+    private func grow(from old: Int, to size: Int, writing: Bool) async throws(BlockError) {
+        do throws(BlockError) {
+            if writing {
+                let zeroes = try IOVector(allocating: 1 << 20)
+                zeroes.fill(0)
+                var offset = old
+                while offset < size {
+                    let count = min(zeroes.count, size - offset)
+                    try await file.write(zeroes.slice(0, count), at: offset)
+                    offset += count
+                }
+            } else {
+                try await file.allocate(.allocate, ByteRange(from: old, to: size))
+            }
+        } catch {
+            // Nothing half-grown stays behind.
+            try? await file.setSize(old)
+            throw error
+        }
+    }
+
+    // MARK: Access
+
+    public func checkAccess(_ access: Access) throws(BlockError) {
+        try locks?.prepare(access)
+    }
+
+    public func applyAccess(_ access: Access) {
+        locks?.commit(access)
+    }
+
+    public func abortAccess() {
+        locks?.abort()
+    }
+
+    public var filename: String { file.path }
+
+    public var information: NodeInformation {
+        get async throws(BlockError) { NodeInformation() }
+    }
+
+    public func close() async throws(BlockError) {
+        // Only what was flushed is promised to last; closing adds nothing to it.
+        await file.close()
+    }
+
+    /// Space that the file takes on storage, in bytes.
+    public func allocatedBytes() async throws(BlockError) -> Int {
+        try await file.status().allocatedBytes
+    }
+}

@@ -1,0 +1,122 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+
+/// Locks that tell other processes how an image is used, compatible with QEMU's.
+///
+/// Each permission has two lock bytes in the file: one held by those who use the permission, one held
+/// by those who do not let others use it. All are held as shared open-file-description locks, so that
+/// holders of one byte live beside each other; who wants the permission checks that nobody holds the
+/// other byte.
+///
+/// Layout: byte `100 + bit` is "uses", byte `200 + bit` is "does not share".
+///
+/// A change has two steps, like the permissions of the graph: `prepare` takes what the new access
+/// needs on top and checks it against others, `commit` drops what is not needed any more, `abort`
+/// goes back.
+final class ImageLocks {
+    private static let usesBase = 100
+    private static let unsharedBase = 200
+
+    private let file: File
+    private let identity: FileIdentity
+    /// Locks were asked for by name: doing without is an error.
+    private let required: Bool
+    private var isSupported = true
+    private var current = Access.none
+    private var pending: Access?
+
+    init(_ file: File, identity: FileIdentity, required: Bool) {
+        self.file = file
+        self.identity = identity
+        self.required = required
+    }
+
+    func prepare(_ access: Access) throws(BlockError) {
+        guard isSupported else { return }
+        do throws(BlockError) {
+            pending = access
+            try take(
+                uses: access.uses.subtracting(current.uses),
+                unshared: current.shares.subtracting(access.shares))
+            try checkOthers(access)
+        } catch {
+            abort()
+            if error.code == .unsupported || error.code == .invalidArgument, !required {
+                // A file system without locks.
+                isSupported = false
+                return
+            }
+            throw error
+        }
+    }
+
+    func commit(_ access: Access) {
+        guard isSupported, pending != nil else { return }
+        pending = nil
+        drop(
+            uses: current.uses.subtracting(access.uses),
+            unshared: access.shares.subtracting(current.shares))
+        current = access
+    }
+
+    func abort() {
+        guard isSupported, let pending else { return }
+        self.pending = nil
+        drop(
+            uses: pending.uses.subtracting(current.uses),
+            unshared: current.shares.subtracting(pending.shares))
+    }
+
+    private func take(uses: Permission, unshared: Permission) throws(BlockError) {
+        for (index, entry) in Permission.each.enumerated() {
+            if uses.contains(entry.permission) {
+                try takeByte(Self.usesBase + index, entry.name)
+            }
+            if unshared.contains(entry.permission) {
+                try takeByte(Self.unsharedBase + index, entry.name)
+            }
+        }
+    }
+
+    private func takeByte(_ byte: Int, _ name: String) throws(BlockError) {
+        guard try file.lock(ByteRange(byte, 1), .shared) else { throw refused(name) }
+    }
+
+    private func drop(uses: Permission, unshared: Permission) {
+        for (index, entry) in Permission.each.enumerated() {
+            // Letting go of a lock that is held cannot fail.
+            if uses.contains(entry.permission) {
+                _ = try? file.lock(ByteRange(Self.usesBase + index, 1), .none)
+            }
+            if unshared.contains(entry.permission) {
+                _ = try? file.lock(ByteRange(Self.unsharedBase + index, 1), .none)
+            }
+        }
+    }
+
+    /// Nobody may hold the byte that contradicts ours.
+    private func checkOthers(_ access: Access) throws(BlockError) {
+        for (index, entry) in Permission.each.enumerated() {
+            if access.uses.contains(entry.permission) {
+                try checkByte(Self.unsharedBase + index, entry.name)
+            }
+            if !access.shares.contains(entry.permission) {
+                try checkByte(Self.usesBase + index, entry.name)
+            }
+        }
+    }
+
+    private func checkByte(_ byte: Int, _ name: String) throws(BlockError) {
+        guard try file.canLock(ByteRange(byte, 1), .exclusive) else { throw refused(name) }
+    }
+
+    private func refused(_ permission: String) -> BlockError {
+        let holders = file.thread.system.holders(of: identity)
+        let who = holders.isEmpty ? "another process" : holders.joined(separator: ", ")
+        return BlockError(
+            .permissionDenied,
+            "'\(file.path)' is in use: \(who) holds its '\(permission)' lock",
+            remedy: "stop that process, or open the image with read-only=on and force-share=on")
+    }
+}
