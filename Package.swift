@@ -73,5 +73,6 @@ let package = Package(
 
         tests("BlockCore"),
         tests("BlockIO"),
+        tests("NBDProtocol"),
     ]
 )

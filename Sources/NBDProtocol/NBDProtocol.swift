@@ -1,1 +1,0 @@
-// The NBD protocol as codecs and state machines: pure, no I/O.
