@@ -74,5 +74,7 @@ let package = Package(
         tests("BlockCore"),
         tests("BlockIO"),
         tests("NBDProtocol"),
+        tests("BlockGraph"),
+        tests("BlockFilters", ["BlockProtocols", "BlockFormats"]),
     ]
 )

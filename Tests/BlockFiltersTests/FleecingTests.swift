@@ -1,0 +1,215 @@
+import BlockCore
+import BlockFilters
+import BlockFormats
+import BlockGraph
+import BlockIO
+import BlockProtocols
+import QMP
+import Testing
+
+#if canImport(Glibc)
+import Glibc
+#endif
+
+/// A frozen view of a disk in files: active disk, temporary image, filter, snapshot node.
+final class FleecingGraph: @unchecked Sendable {
+    let graph: BlockGraph
+    let folder: String
+    let guest: Edge
+    let snapshot: Edge
+    let size: Int
+
+    static func withGraph<T: Sendable>(
+        size: Int = 1 << 20, options: JSONValue = [:],
+        _ body: @escaping @Sendable (FleecingGraph) async throws(BlockError) -> T
+    ) async throws -> T {
+        let folder = "/tmp/merino-fleece-\(getpid())-\(UInt64.random(in: 0 ... .max))"
+        mkdir(folder, 0o700)
+        defer {
+            unlink("\(folder)/disk")
+            unlink("\(folder)/temp")
+            rmdir(folder)
+        }
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        return try await thread.run { () async throws(BlockError) -> T in
+            let setup = try await FleecingGraph(thread, folder, size, options)
+            let result = try await body(setup)
+            try await setup.graph.detach(setup.snapshot)
+            try await setup.graph.detach(setup.guest)
+            try await setup.graph.closeAll()
+            return result
+        }
+    }
+
+    private init(
+        _ thread: IOThread, _ folder: String, _ size: Int, _ options: JSONValue
+    ) async throws(BlockError) {
+        self.folder = folder
+        self.size = size
+        graph = BlockGraph(
+            on: thread,
+            registry: DriverRegistry(
+                BlockProtocols.drivers + BlockFormats.drivers + BlockFilters.drivers))
+        for name in ["disk", "temp"] {
+            let file = try await File.open(
+                "\(folder)/\(name)", FileOptions(writable: true, create: true), on: thread)
+            try await file.setSize(size)
+            if name == "disk" {
+                let data = try IOVector(allocating: size)
+                data.fill(0xaa)
+                try await file.write(data, at: 0)
+            }
+            await file.close()
+        }
+        func file(_ name: String) -> JSONValue {
+            [
+                "driver": "raw",
+                "file": ["driver": "file", "filename": .string("\(folder)/\(name)")],
+                "node-name": .string(name), "discard": "unmap",
+            ]
+        }
+        _ = try await graph.open(file("disk"), monitorOwned: true)
+        _ = try await graph.open(file("temp"), monitorOwned: true)
+        var filter: JSONObject = [
+            "driver": "copy-before-write", "node-name": "cbw", "file": "disk", "target": "temp",
+            "discard": "unmap",
+        ]
+        if case .object(let more) = options {
+            for (key, value) in more.members { filter[key] = value }
+        }
+        let cbw = try await graph.open(.object(filter), monitorOwned: true)
+        let access = try await graph.open(
+            ["driver": "snapshot-access", "node-name": "snap", "file": "cbw", "discard": "unmap"],
+            monitorOwned: true)
+        guest = try graph.attach(
+            NamedUser("guest"), to: cbw, Access(uses: [.consistentRead, .write], shares: .all))
+        snapshot = try graph.attach(
+            NamedUser("backup"), to: access, Access(uses: [.consistentRead, .write], shares: .all))
+    }
+
+    func write(_ offset: Int, _ count: Int, _ value: UInt8) async throws(BlockError) {
+        let data = try IOVector(allocating: count)
+        data.fill(value)
+        try await guest.write(offset, from: data)
+    }
+
+    func read(_ edge: Edge, _ offset: Int, _ count: Int) async throws(BlockError) -> Set<UInt8> {
+        let data = try IOVector(allocating: count)
+        try await edge.read(offset, into: data)
+        return Set(data.array)
+    }
+}
+
+@Suite struct FleecingTests {
+    @Test func aGuestWriteLeavesTheSnapshotAlone() async throws {
+        let seen = try await FleecingGraph.withGraph { setup throws(BlockError) in
+            try await setup.write(70_000, 10_000, 0xbb)
+            try await setup.guest.writeZeroes(ByteRange(300_000, 5))
+            try await setup.guest.discard(ByteRange(1 << 19, 1 << 17))
+            return [
+                try await setup.read(setup.snapshot, 0, setup.size),
+                try await setup.read(setup.guest, 70_000, 10_000),
+                try await setup.read(setup.guest, 300_000, 5),
+                try await setup.read(setup.guest, 1 << 19, 1 << 17),
+            ]
+        }
+        #expect(seen == [[0xaa], [0xbb], [0], [0]])
+    }
+
+    @Test func aDiscardedPartOfTheSnapshotIsRefused() async throws {
+        let codes = try await FleecingGraph.withGraph { setup throws(BlockError) in
+            try await setup.write(0, 65536, 1)
+            try await setup.snapshot.discard(ByteRange(0, 65536))
+            var codes: [BlockError.Code] = []
+            do throws(BlockError) {
+                _ = try await setup.read(setup.snapshot, 65535, 1)
+            } catch {
+                codes.append(error.code)
+            }
+            #expect(try await setup.read(setup.snapshot, 65536, 65536) == [0xaa])
+            // What is not needed any more is not copied any more.
+            try await setup.snapshot.discard(ByteRange(131072, 65536))
+            try await setup.write(131072, 10, 2)
+            return codes
+        }
+        #expect(codes == [.permissionDenied])
+    }
+
+    @Test func statusOfTheSnapshotIsTheFrozenDisks() async throws {
+        let runs = try await FleecingGraph.withGraph { setup throws(BlockError) in
+            try await setup.write(65536, 65536, 1)
+            var result: [[Int]] = []
+            var offset = 0
+            while offset < setup.size {
+                let status = try await setup.snapshot.blockStatus(
+                    ByteRange(offset, setup.size - offset))
+                result.append([status.count, status.flags.contains(.data) ? 1 : 0])
+                offset += status.count
+            }
+            return result
+        }
+        #expect(runs.map { $0[0] }.reduce(0, +) == 1 << 20)
+        #expect(runs.allSatisfy { $0[1] == 1 })
+    }
+
+    @Test func aTargetSmallerThanTheDiskIsRefused() async throws {
+        await #expect(throws: BlockError.self) {
+            try await FleecingGraph.withGraph(options: ["target": "cbw-none"]) {
+                _ throws(BlockError) in
+            }
+        }
+    }
+
+    @Test func unknownOptionsNameTheNearestOne() async throws {
+        do {
+            try await FleecingGraph.withGraph(options: ["on-cbw-eror": "break-snapshot"]) {
+                _ throws(BlockError) in
+            }
+            Issue.record("an unknown option was accepted")
+        } catch let error as BlockError {
+            #expect(error.remedy?.contains("on-cbw-error") == true)
+            #expect(error.node == "cbw")
+        }
+    }
+
+    @Test(arguments: 1...8) func concurrentWritesAndReadsKeepTheFrozenState(seed: Int) async throws
+    {
+        let wrong = try await FleecingGraph.withGraph { setup throws(BlockError) in
+            final class Tally: @unchecked Sendable {
+                var running = 0
+                var wrong: [String] = []
+            }
+            let tally = Tally()
+            var state = UInt64(seed) &* 0x9E37_79B9_7F4A_7C15
+            func random(_ bound: Int) -> Int {
+                state = state &* 6_364_136_223_846_793_005 &+ 1_442_695_040_888_963_407
+                return Int(state >> 33) % bound
+            }
+            for step in 0..<400 {
+                let offset = random(setup.size - 1)
+                let count = min(1 + random(100_000), setup.size - offset)
+                let kind = random(4)
+                tally.running += 1
+                setup.graph.thread.spawn {
+                    do throws(BlockError) {
+                        switch kind {
+                        case 0: try await setup.write(offset, count, UInt8(step & 0x7f))
+                        case 1: try await setup.guest.writeZeroes(ByteRange(offset, count))
+                        default:
+                            let seen = try await setup.read(setup.snapshot, offset, count)
+                            if seen != [0xaa] { tally.wrong.append("\(offset)+\(count): \(seen)") }
+                        }
+                    } catch {
+                        tally.wrong.append("\(error)")
+                    }
+                    tally.running -= 1
+                }
+                while tally.running > 16 { await setup.graph.thread.yield() }
+            }
+            while tally.running > 0 { await setup.graph.thread.sleep(nanoseconds: 100_000) }
+            return tally.wrong
+        }
+        #expect(wrong == [], "seed \(seed)")
+    }
+}
