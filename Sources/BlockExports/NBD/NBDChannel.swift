@@ -1,0 +1,17 @@
+import BlockCore
+import BlockIO
+
+/// A connection's bytes: the socket's own, or what TLS makes of them. Confined to its thread.
+protocol NBDChannel: AnyObject, Sendable {
+    /// Receives at least one byte; 0 is a proper end.
+    func receive(_ vector: IOVector) async throws(BlockError) -> Int
+    /// Sends what can be sent without waiting; `nil` when nothing can.
+    func sendNow(_ vector: IOVector) -> Int?
+    /// Sends all. One send at a time.
+    func send(_ vector: IOVector) async throws(BlockError)
+    /// Ends both directions: pending calls return.
+    func shutdown()
+    func close()
+}
+
+extension Socket: NBDChannel {}

@@ -1,0 +1,222 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import NBDProtocol
+
+/// One client of an ``NBDServer``. Confined to the server's thread.
+///
+///     socket ─▶ NBDInput ─▶ rules ─▶ one task a request ─▶ edge ─▶ … ─▶ disk
+///     socket ◀─ NBDOutput ◀─ reply ◀──────┘
+///
+/// Invariants:
+/// 1. Every request gets exactly one reply, or the connection ends.
+/// 2. What the requests and unsent replies of one client hold is bounded: past the limits nothing more
+///    is received from it. Other clients do not notice.
+final class NBDConnection: @unchecked Sendable {
+    /// Requests of one client in flight.
+    static let requestCountMax = 512
+    /// Bytes of payload that one client's requests and unsent replies hold.
+    static let bytesInFlightMax = 64 << 20
+
+    private unowned let server: NBDServer
+    private let thread: IOThread
+    private var channel: any NBDChannel
+    private let output: NBDOutput
+    private var export: NBDExport?
+
+    private var requestCount = 0
+    private var bytesInFlight = 0
+    private var roomSleeper: UnsafeContinuation<Void, Never>?
+    private var doneSleeper: UnsafeContinuation<Void, Never>?
+    private var rules: NBDRequestRules?
+    private var session: NBDSession?
+    private(set) var isClosing = false
+
+    init(_ socket: Socket, server: NBDServer) {
+        self.server = server
+        thread = socket.thread
+        channel = socket
+        output = NBDOutput(socket, thread: socket.thread)
+        output.sent = { [unowned self] count in
+            bytesInFlight -= count
+            wakeForRoom()
+        }
+    }
+
+    /// Ends the connection: the client sees it close once what is in flight is done.
+    func shutdown() {
+        isClosing = true
+        channel.shutdown()
+    }
+
+    func exportResized(to size: Int) {
+        rules?.size = size
+    }
+
+    // MARK: Life
+
+    /// Serves the client until it leaves.
+    func run() async {
+        do throws(BlockError) {
+            var input = try NBDInput()
+            if let session = try await negotiate(&input), let export {
+                export.add(self)
+                // It may have been removed while the client made up its mind.
+                if let edge = export.edge { try await transmit(session, edge, &input) }
+            }
+        } catch {
+            server.log("a client's connection ended: \(error)")
+        }
+        while requestCount > 0 {
+            await withUnsafeContinuation { doneSleeper = $0 }
+        }
+        await output.flush()
+        channel.close()
+        export?.remove(self)
+    }
+
+    // MARK: Handshake
+
+    private func negotiate(_ input: inout NBDInput) async throws(BlockError) -> NBDSession? {
+        let timer = IOTimer(on: thread)
+        if server.handshakeNanoseconds > 0 {
+            thread.spawn { [self] in
+                if await timer.wait(nanoseconds: server.handshakeNanoseconds) { channel.shutdown() }
+            }
+        }
+        defer { timer.cancel() }
+        var handshake = NBDHandshake()
+        try queue(NBDHandshake.greeting)
+        while true {
+            switch handshake.advance(catalogue: server) {
+            case .receive:
+                guard try await input.receive(from: channel) else { return nil }
+                handshake.receive(input.bytes)
+                input.drop(input.available)
+            case .send(let bytes):
+                try queue(bytes)
+                // Replies to a flood of options do not pile up.
+                await output.flush()
+            case .startTLS:
+                throw BlockError(.unsupported, "TLS was not offered")
+            case .transmit(let bytes, let session):
+                try queue(bytes)
+                export = server.exportNamed(session.export.name)
+                try input.prepend(handshake.takeRemainder())
+                return session
+            case .close(let bytes, let reason):
+                try queue(bytes)
+                if let reason { server.log("a client's handshake failed: \(reason)") }
+                return nil
+            }
+        }
+    }
+
+    private func queue(_ bytes: [UInt8]) throws(BlockError) {
+        bytesInFlight += bytes.count
+        try output.append(bytes)
+    }
+
+    // MARK: Requests
+
+    private func transmit(
+        _ session: NBDSession, _ edge: Edge, _ input: inout NBDInput
+    ) async throws(BlockError) {
+        self.session = session
+        var rules = NBDRequestRules(session)
+        rules.size = edge.size
+        self.rules = rules
+        let headerCount = NBDRequestHeader.count(in: session.mode)
+        while !isClosing {
+            while input.available < headerCount {
+                guard try await input.receive(from: channel) else {
+                    if input.available > 0 {
+                        throw BlockError(.disconnected, "the client went away in a request")
+                    }
+                    return
+                }
+            }
+            let disposition = self.rules?.judge(input.bytes) ?? .disconnect
+            input.drop(headerCount)
+            switch disposition {
+            case .execute(let request):
+                let cost =
+                    request.payloadCount + (request.command == .read ? request.range.count : 0)
+                if requestCount >= Self.requestCountMax || bytesInFlight > Self.bytesInFlightMax {
+                    await waitForRoom()
+                }
+                var payload = IOVector()
+                if request.payloadCount > 0 {
+                    payload = try await input.take(request.payloadCount, from: channel)
+                }
+                start(request, payload, cost, edge)
+            case .refuse(let request, let code, let swallow):
+                try await input.skip(swallow, from: channel)
+                try reply(failure: code, "", to: request)
+                if bytesInFlight > Self.bytesInFlightMax { await waitForRoom() }
+            case .disconnect:
+                return
+            case .drop(let reason):
+                throw BlockError(.protocolViolation, reason)
+            }
+        }
+    }
+
+    private func start(_ request: NBDRequest, _ payload: IOVector, _ cost: Int, _ edge: Edge) {
+        requestCount += 1
+        bytesInFlight += cost
+        thread.spawn { [self] in
+            await NBDRequestExecution(request: request, connection: self, edge: edge)
+                .run(payload)
+            requestCount -= 1
+            bytesInFlight -= cost
+            wakeForRoom()
+            if requestCount == 0, let sleeper = doneSleeper {
+                doneSleeper = nil
+                sleeper.resume()
+            }
+        }
+    }
+
+    private func waitForRoom() async {
+        while requestCount >= Self.requestCountMax || bytesInFlight > Self.bytesInFlightMax {
+            await withUnsafeContinuation { roomSleeper = $0 }
+        }
+    }
+
+    private func wakeForRoom() {
+        guard let sleeper = roomSleeper, requestCount < Self.requestCountMax,
+            bytesInFlight <= Self.bytesInFlightMax
+        else { return }
+        roomSleeper = nil
+        sleeper.resume()
+    }
+
+    // MARK: Replies
+
+    var mode: NBDReplyMode { session?.mode ?? .simple }
+
+    func context(_ identifier: UInt32) -> NBDContext? { session?.context(identifier) }
+
+    var statusRules: NBDRequestRules? { rules }
+
+    /// Queues a message and its data; what is queued counts until it is sent.
+    func reply(
+        capacity: Int, data: IOVector? = nil,
+        _ encode: (UnsafeMutableRawBufferPointer) -> Int
+    ) throws(BlockError) {
+        try output.append(capacity: capacity, data: data) { memory in
+            let count = encode(memory)
+            bytesInFlight += count + (data?.count ?? 0)
+            return count
+        }
+    }
+
+    func reply(
+        failure code: NBDErrorCode, _ message: String, to request: NBDRequest
+    ) throws(BlockError) {
+        try reply(capacity: NBDReply.failureCountMax(message)) { memory in
+            NBDReply.failure(code, message, replyingTo: request, mode: mode, to: memory)
+        }
+    }
+}

@@ -1,0 +1,128 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import NBDProtocol
+
+/// Gathers the replies of a turn and sends them in one call. Confined to its thread.
+///
+/// Headers are written into shared memory, a buffer for many; data goes out from where it was read
+/// to. What the socket does not take at once is sent by a task, while new replies gather.
+final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
+    private let thread: IOThread
+    var channel: any NBDChannel
+    private var gathered = IOVector()
+    private var isScheduled = false
+    private var isSending = false
+    private var failure: BlockError?
+    private var idleSleepers: [UnsafeContinuation<Void, Never>] = []
+    /// Called when bytes left, with how many: the connection's limits follow them.
+    var sent: (Int) -> Void = { _ in }
+
+    private var headers: IOBuffer?
+    private var headersUsed = 0
+    private static let headersCapacity = 16 << 10
+
+    init(_ channel: any NBDChannel, thread: IOThread) {
+        self.channel = channel
+        self.thread = thread
+    }
+
+    /// Queues a message that `encode` writes into memory of `capacity` bytes, and data behind it.
+    ///
+    /// - Parameter encode: returns how many bytes it wrote.
+    func append(
+        capacity: Int, data: IOVector? = nil,
+        _ encode: (UnsafeMutableRawBufferPointer) -> Int
+    ) throws(BlockError) {
+        if failure != nil { return }
+        let memory = try headerMemory(capacity)
+        let count = encode(memory.bytes)
+        if memory.buffer === headers { headersUsed = memory.offset + count }
+        gathered.append(memory.slice(0, count))
+        if let data { gathered.append(data) }
+        schedule()
+    }
+
+    /// Queues bytes.
+    func append(_ bytes: [UInt8]) throws(BlockError) {
+        if bytes.isEmpty { return }
+        try append(capacity: bytes.count) { memory in
+            memory.copyBytes(from: bytes)
+            return bytes.count
+        }
+    }
+
+    private func headerMemory(_ capacity: Int) throws(BlockError) -> IOSlice {
+        if capacity > Self.headersCapacity / 4 {
+            return try IOBuffer(count: capacity).prefix(capacity)
+        }
+        if let headers, headersUsed + capacity <= headers.capacity {
+            return IOSlice(headers, headersUsed, capacity)
+        }
+        let fresh = try IOBuffer(count: Self.headersCapacity)
+        headers = fresh
+        headersUsed = 0
+        return fresh.prefix(capacity)
+    }
+
+    private func schedule() {
+        guard !isScheduled, !isSending else { return }
+        isScheduled = true
+        thread.atEndOfTurn(self)
+    }
+
+    func endOfTurn() {
+        isScheduled = false
+        guard !isSending, failure == nil, !gathered.isEmpty else { return }
+        let all = gathered
+        gathered = IOVector()
+        let now = channel.sendNow(all)
+        if let now, now == all.count {
+            // The memory of headers is free again when nobody else holds it.
+            sent(all.count)
+            wakeIdle()
+            return
+        }
+        let taken = max(now ?? 0, 0)
+        if taken > 0 { sent(taken) }
+        isSending = true
+        let rest = all.slice(taken, all.count - taken)
+        thread.spawn { await self.sendRest(rest) }
+    }
+
+    private func sendRest(_ first: IOVector) async {
+        var rest = first
+        while true {
+            do throws(BlockError) {
+                try await channel.send(rest)
+            } catch {
+                failure = error
+                // The receiver notices, and ends the connection.
+                channel.shutdown()
+            }
+            sent(rest.count)
+            if failure != nil {
+                sent(gathered.count)
+                gathered = IOVector()
+            }
+            if gathered.isEmpty { break }
+            rest = gathered
+            gathered = IOVector()
+        }
+        isSending = false
+        wakeIdle()
+    }
+
+    /// Returns when everything queued has left, or cannot.
+    func flush() async {
+        if !isSending, !isScheduled { return }
+        await withUnsafeContinuation { idleSleepers.append($0) }
+    }
+
+    private func wakeIdle() {
+        guard !idleSleepers.isEmpty else { return }
+        let woken = idleSleepers
+        idleSleepers = []
+        for continuation in woken { continuation.resume() }
+    }
+}

@@ -1,0 +1,146 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import NBDProtocol
+
+/// One request of a client, from the graph to its reply.
+struct NBDRequestExecution {
+    let request: NBDRequest
+    let connection: NBDConnection
+    let edge: Edge
+
+    /// Executes the request and queues its reply; a reply that cannot be queued ends the connection.
+    func run(_ payload: IOVector) async {
+        do throws(BlockError) {
+            do throws(BlockError) {
+                try await execute(payload)
+            } catch {
+                try connection.reply(
+                    failure: NBDErrorCode(error, replyingTo: request), error.description,
+                    to: request)
+            }
+        } catch {
+            connection.shutdown()
+        }
+    }
+
+    private func execute(_ payload: IOVector) async throws(BlockError) {
+        switch request.command {
+        case .read:
+            try await read()
+            return
+        case .write:
+            try await edge.write(request.range.offset, from: payload, writeFlags)
+        case .writeZeroes:
+            var flags = writeFlags
+            if !request.flags.contains(.noHole) { flags.insert(.mayUnmap) }
+            if request.flags.contains(.fastZero) { flags.insert(.noFallback) }
+            try await edge.writeZeroes(request.range, flags)
+        case .trim:
+            try await edge.discard(request.range)
+            if request.flags.contains(.fua) { try await edge.flush() }
+        case .flush:
+            try await edge.flush()
+        case .cache:
+            try await prefetch()
+        case .blockStatus:
+            try await status(payload)
+            return
+        case .disconnect:
+            return
+        }
+        try connection.reply(capacity: NBDReply.headerCountMax) { memory in
+            NBDReply.success(request, mode: connection.mode, to: memory)
+        }
+    }
+
+    private var writeFlags: WriteFlags { request.flags.contains(.fua) ? .fua : [] }
+
+    // MARK: Read
+
+    private func read() async throws(BlockError) {
+        guard !request.range.isEmpty else {
+            try connection.reply(capacity: NBDReply.headerCountMax) { memory in
+                NBDReply.readHeader(request, mode: connection.mode, to: memory)
+            }
+            return
+        }
+        let data = try IOVector(allocating: request.range.count)
+        try await edge.read(request.range.offset, into: data)
+        try connection.reply(capacity: NBDReply.headerCountMax, data: data) { memory in
+            NBDReply.readHeader(request, mode: connection.mode, to: memory)
+        }
+    }
+
+    /// Reads for the effect on caches, in pieces.
+    private func prefetch() async throws(BlockError) {
+        var range = request.range
+        while !range.isEmpty {
+            let count = min(range.count, 1 << 20)
+            try await edge.read(range.offset, into: IOVector(allocating: count), .prefetch)
+            range = ByteRange(range.offset + count, range.count - count)
+        }
+    }
+
+    // MARK: Block status
+
+    private func status(_ payload: IOVector) async throws(BlockError) {
+        var request = request
+        var identifiers = connection.statusRules?.contextIDs ?? []
+        if request.payloadCount > 0 {
+            let answer = payload.array.withUnsafeBytes {
+                connection.statusRules?.status(request, payload: $0)
+            }
+            guard case .success(let asked)? = answer else {
+                throw BlockError(.invalidArgument, "the payload of a block status is malformed")
+            }
+            request = asked.request
+            identifiers = asked.contextIDs
+        }
+        for (index, identifier) in identifiers.enumerated() {
+            guard let context = connection.context(identifier) else { continue }
+            let extents = try await extents(of: context, request)
+            let isLast = index == identifiers.count - 1
+            let mode = connection.mode
+            try connection.reply(capacity: NBDReply.statusCount(extents.count, mode: mode)) {
+                NBDReply.status(
+                    extents, contextID: identifier, isLast ? .done : [], replyingTo: request,
+                    mode: mode, to: $0)
+            }
+        }
+    }
+
+    /// The extents of a context: one, or as many as the limits allow. Status may stop short.
+    private func extents(
+        of context: NBDContext, _ request: NBDRequest
+    ) async throws(BlockError) -> [NBDStatusExtent] {
+        let single = request.flags.contains(.requestOne)
+        var result: [NBDStatusExtent] = []
+        var range = request.range
+        while !range.isEmpty, result.count < NBDLimits.statusExtentCountMax {
+            let status = try await edge.chainStatus(range)
+            let flags = Self.flags(of: status, in: context)
+            if let last = result.last, last.flags == flags {
+                result[result.count - 1].count += status.count
+            } else {
+                if single, !result.isEmpty { break }
+                result.append(NBDStatusExtent(count: status.count, flags: flags))
+            }
+            range = ByteRange(range.offset + status.count, range.count - status.count)
+        }
+        return result
+    }
+
+    private static func flags(of status: ChainStatus, in context: NBDContext) -> UInt64 {
+        switch context {
+        case .baseAllocation:
+            // Bit 0: a hole; bit 1: reads as zeroes (proto.md, "base:allocation").
+            (status.flags.contains(.data) ? 0 : 1) | (status.flags.contains(.zero) ? 2 : 0)
+        case .allocationDepth:
+            // 0 unallocated, 1 in the top layer, 2 in its backing… (QEMU's interop/nbd.txt)
+            UInt64(status.depth.map { $0 + 1 } ?? 0)
+        case .dirtyBitmap:
+            0
+        }
+    }
+}

@@ -1,0 +1,131 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import NBDProtocol
+
+/// An NBD server: listeners, exports by name, clients. Confined to its thread.
+public final class NBDServer: NBDExportCatalogue, @unchecked Sendable {
+    public struct Options: Sendable {
+        /// Clients that have not begun to use an export by then are cut off; 0 waits for ever.
+        public var handshakeSeconds = 10
+        /// Clients at a time; 0 for no limit.
+        public var connectionCountMax = 100
+
+        public init() {}
+    }
+
+    public let thread: IOThread
+    private let options: Options
+    private var listeners: [Listener] = []
+    private var exportsInOrder: [NBDExport] = []
+    private var connections: [NBDConnection] = []
+    private var sleepers: [UnsafeContinuation<Void, Never>] = []
+    private var isStopped = false
+    private let logger: @Sendable (String) -> Void
+    /// Called when a client has left and none is there: what `qemu-nbd` ends on.
+    public var lastClientLeft: (() -> Void)?
+
+    public init(
+        on thread: IOThread, _ options: Options = Options(),
+        log: @escaping @Sendable (String) -> Void = { _ in }
+    ) {
+        self.thread = thread
+        self.options = options
+        logger = log
+    }
+
+    var handshakeNanoseconds: UInt64 { UInt64(options.handshakeSeconds) * 1_000_000_000 }
+
+    func log(_ message: String) {
+        logger(message)
+    }
+
+    /// Where it listens.
+    public var addresses: [SocketAddress] { listeners.map(\.address) }
+    public var clientCount: Int { connections.count }
+
+    // MARK: Exports
+
+    /// - Throws: `alreadyExists` when an export has the name.
+    public func add(_ export: NBDExport) throws(BlockError) {
+        guard exportNamed(export.name) == nil else {
+            throw BlockError(.alreadyExists, "there is an NBD export '\(export.name)' already")
+        }
+        export.canMultiConnect = options.connectionCountMax != 1
+        exportsInOrder.append(export)
+    }
+
+    /// Takes an export off the list: no new client finds it. Close it then.
+    public func remove(_ export: NBDExport) {
+        exportsInOrder.removeAll { $0 === export }
+    }
+
+    public func exportNamed(_ name: String) -> NBDExport? {
+        exportsInOrder.first { $0.name.utf8.elementsEqual(name.utf8) }
+    }
+
+    public var exports: [NBDExportInfo] { exportsInOrder.compactMap(\.info) }
+
+    public func export(named name: String) -> NBDExportInfo? { exportNamed(name)?.info }
+
+    // MARK: Clients
+
+    /// Serves the clients that come to `listener`.
+    public func listen(on listener: Listener) {
+        thread.preconditionOnThread()
+        listeners.append(listener)
+        thread.spawn { [self] in
+            while !isStopped {
+                do throws(BlockError) {
+                    guard let socket = try await listener.accept() else { return }
+                    serve(socket)
+                } catch {
+                    // Out of descriptors, say: the clients that are there go on.
+                    log("\(error)")
+                    await thread.sleep(nanoseconds: 100_000_000)
+                }
+            }
+        }
+    }
+
+    /// Serves one client.
+    public func serve(_ socket: Socket) {
+        let isFull =
+            options.connectionCountMax > 0 && connections.count >= options.connectionCountMax
+        guard !isStopped, !isFull else {
+            if isFull { log("a client was turned away: \(connections.count) are there") }
+            socket.close()
+            return
+        }
+        let connection = NBDConnection(socket, server: self)
+        connections.append(connection)
+        thread.spawn { [self] in
+            await connection.run()
+            connections.removeAll { $0 === connection }
+            if connections.isEmpty {
+                let woken = sleepers
+                sleepers = []
+                for continuation in woken { continuation.resume() }
+                lastClientLeft?()
+            }
+        }
+    }
+
+    /// Stops listening, ends all clients and exports, and waits for them.
+    ///
+    /// - Throws: the first failure to close an export; all are closed all the same.
+    public func stop() async throws(BlockError) {
+        isStopped = true
+        for listener in listeners { listener.close() }
+        for connection in connections { connection.shutdown() }
+        while !connections.isEmpty {
+            await withUnsafeContinuation { sleepers.append($0) }
+        }
+        var failure: BlockError?
+        for export in exportsInOrder {
+            do throws(BlockError) { try await export.close() } catch { failure = failure ?? error }
+        }
+        exportsInOrder = []
+        if let failure { throw failure }
+    }
+}
