@@ -76,5 +76,6 @@ let package = Package(
         tests("NBDProtocol"),
         tests("BlockGraph"),
         tests("BlockFilters", ["BlockProtocols", "BlockFormats"]),
+        tests("BlockTLS"),
     ]
 )

@@ -1,1 +1,0 @@
-// TLS for block protocols, over memory: records in, records out.
