@@ -5,7 +5,9 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <string.h>
+#include <signal.h>
 #include <sys/eventfd.h>
+#include <sys/signalfd.h>
 
 const int linux_open_direct = O_DIRECT;
 const int linux_write_durable = RWF_DSYNC;
@@ -35,6 +37,13 @@ int linux_socket(int family) {
 
 int linux_eventfd(void) {
     return eventfd(0, EFD_CLOEXEC);
+}
+
+int linux_signal_descriptor(const int *signals, int count) {
+    sigset_t set;
+    sigemptyset(&set);
+    for (int index = 0; index < count; index++) sigaddset(&set, signals[index]);
+    return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
 void linux_name_thread(const char *name) {

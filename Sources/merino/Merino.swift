@@ -1,5 +1,10 @@
-@main struct Merino {
-    static func main() {
-        print("merino")
-    }
+import ArgumentParser
+
+/// The command: one subcommand per job.
+@main struct Merino: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "merino",
+        abstract: "A block-storage engine: disk images, live snapshots, NBD.",
+        version: "merino 0.1.0",
+        subcommands: [ServeCommand.self])
 }

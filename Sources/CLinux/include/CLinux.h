@@ -16,6 +16,7 @@ int linux_fallocate(int fd, int mode, off_t offset, off_t count);
 int linux_accept(int fd);                 // accept4, non-blocking and close-on-exec
 int linux_socket(int family);             // stream, non-blocking and close-on-exec
 int linux_eventfd(void);                  // close-on-exec
+int linux_signal_descriptor(const int *signals, int count); // signalfd, non-blocking, close-on-exec
 void linux_name_thread(const char *name); // of the caller, 15 bytes at most
 
 // Flags for send and recv.
