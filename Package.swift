@@ -77,5 +77,6 @@ let package = Package(
         tests("BlockGraph"),
         tests("BlockFilters", ["BlockProtocols", "BlockFormats"]),
         tests("BlockTLS"),
+        tests("BlockExports", ["BlockProtocols", "BlockFormats"]),
     ]
 )

@@ -1,6 +1,7 @@
 import BlockCore
 import BlockGraph
 import BlockIO
+import BlockTLS
 import NBDProtocol
 
 /// One client of an ``NBDServer``. Confined to the server's thread.
@@ -18,8 +19,12 @@ final class NBDConnection: @unchecked Sendable {
     /// Bytes of payload that one client's requests and unsent replies hold.
     static let bytesInFlightMax = 64 << 20
 
+    /// Requests that are started in a row before other clients get their turn.
+    static let turnRequestCountMax = 128
+
     private unowned let server: NBDServer
     private let thread: IOThread
+    private let socket: Socket
     private var channel: any NBDChannel
     private let output: NBDOutput
     private var export: NBDExport?
@@ -35,6 +40,7 @@ final class NBDConnection: @unchecked Sendable {
     init(_ socket: Socket, server: NBDServer) {
         self.server = server
         thread = socket.thread
+        self.socket = socket
         channel = socket
         output = NBDOutput(socket, thread: socket.thread)
         output.sent = { [unowned self] count in
@@ -85,7 +91,8 @@ final class NBDConnection: @unchecked Sendable {
             }
         }
         defer { timer.cancel() }
-        var handshake = NBDHandshake()
+        let credentials = server.options.credentials
+        var handshake = NBDHandshake(tls: credentials == nil ? .none : .required)
         try queue(NBDHandshake.greeting)
         while true {
             switch handshake.advance(catalogue: server) {
@@ -97,8 +104,14 @@ final class NBDConnection: @unchecked Sendable {
                 try queue(bytes)
                 // Replies to a flood of options do not pile up.
                 await output.flush()
-            case .startTLS:
-                throw BlockError(.unsupported, "TLS was not offered")
+            case .startTLS(let bytes):
+                try queue(bytes)
+                await output.flush()
+                guard let credentials else {
+                    throw BlockError(.unsupported, "TLS was not offered")
+                }
+                try await startTLS(credentials)
+                handshake.tlsEstablished()
             case .transmit(let bytes, let session):
                 try queue(bytes)
                 export = server.exportNamed(session.export.name)
@@ -109,6 +122,19 @@ final class NBDConnection: @unchecked Sendable {
                 if let reason { server.log("a client's handshake failed: \(reason)") }
                 return nil
             }
+        }
+    }
+
+    private func startTLS(_ credentials: TLSCredentials) async throws(BlockError) {
+        let secure = try NBDSecureChannel(socket, credentials)
+        try await secure.handshake()
+        channel = secure
+        output.channel = secure
+        guard let authorize = server.options.authorize else { return }
+        let name = secure.peerName
+        guard let name, authorize(name) else {
+            throw BlockError(
+                .permissionDenied, "the client '\(name ?? "without a name")' is not authorized")
         }
     }
 
@@ -127,7 +153,13 @@ final class NBDConnection: @unchecked Sendable {
         rules.size = edge.size
         self.rules = rules
         let headerCount = NBDRequestHeader.count(in: session.mode)
+        var turnCount = 0
         while !isClosing {
+            turnCount += 1
+            if turnCount == Self.turnRequestCountMax {
+                turnCount = 0
+                await thread.yield()
+            }
             while input.available < headerCount {
                 guard try await input.receive(from: channel) else {
                     if input.available > 0 {
@@ -140,8 +172,7 @@ final class NBDConnection: @unchecked Sendable {
             input.drop(headerCount)
             switch disposition {
             case .execute(let request):
-                let cost =
-                    request.payloadCount + (request.command == .read ? request.range.count : 0)
+                let cost = request.payloadCount + replyBytesMax(request)
                 if requestCount >= Self.requestCountMax || bytesInFlight > Self.bytesInFlightMax {
                     await waitForRoom()
                 }
@@ -159,6 +190,15 @@ final class NBDConnection: @unchecked Sendable {
             case .drop(let reason):
                 throw BlockError(.protocolViolation, reason)
             }
+        }
+    }
+
+    /// What a request's reply may hold in memory while it is made.
+    private func replyBytesMax(_ request: NBDRequest) -> Int {
+        switch request.command {
+        case .read: request.range.count
+        case .blockStatus: NBDRequestExecution.statusBytesMax(request)
+        default: 0
         }
     }
 

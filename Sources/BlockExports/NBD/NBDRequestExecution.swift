@@ -67,8 +67,54 @@ struct NBDRequestExecution {
         }
         let data = try IOVector(allocating: request.range.count)
         try await edge.read(request.range.offset, into: data)
+        if connection.mode >= .structured, !request.flags.contains(.dontFragment) {
+            try replySparsely(data)
+            return
+        }
         try connection.reply(capacity: NBDReply.headerCountMax, data: data) { memory in
             NBDReply.readHeader(request, mode: connection.mode, to: memory)
+        }
+    }
+
+    /// Zeroes shorter than this within other data are sent as data.
+    private static let holeBytesMin = 64 << 10
+
+    /// Replies with the data, and where it is zeroes with a hole in its place. To look is cheaper than
+    /// to send, and finds zeroes that block status knows nothing of.
+    private func replySparsely(_ data: IOVector) throws(BlockError) {
+        if data.count <= Self.holeBytesMin {
+            try replyPart(data, 0, data.count, data.isZero)
+            return
+        }
+        var start = 0
+        var isHole = false
+        var offset = 0
+        while offset < data.count {
+            let count = min(Self.holeBytesMin, data.count - offset)
+            let isZero = data.slice(offset, count).isZero
+            if offset > start, isZero != isHole {
+                try replyPart(data, start, offset, isHole)
+                start = offset
+            }
+            isHole = isZero
+            offset += count
+        }
+        try replyPart(data, start, offset, isHole)
+    }
+
+    private func replyPart(
+        _ data: IOVector, _ start: Int, _ end: Int, _ isHole: Bool
+    ) throws(BlockError) {
+        let range = ByteRange(request.range.offset + start, end - start)
+        let flags: NBDChunkFlags = end == data.count ? .done : []
+        let mode = connection.mode
+        try connection.reply(
+            capacity: NBDReply.headerCountMax,
+            data: isHole ? nil : range.count == data.count ? data : data.slice(start, range.count)
+        ) { memory in
+            isHole
+                ? NBDReply.hole(range, flags, replyingTo: request, mode: mode, to: memory)
+                : NBDReply.data(range, flags, replyingTo: request, mode: mode, to: memory)
         }
     }
 
@@ -83,6 +129,21 @@ struct NBDRequestExecution {
     }
 
     // MARK: Block status
+
+    /// Questions to the graph for one context of one reply: where runs are short, status stops short.
+    private static let statusQueryCountMax = NBDLimits.statusExtentCountMax
+    /// Questions in a row before other requests get their turn.
+    private static let statusTurnCount = 64
+
+    /// What the reply to a block status may hold: no extent is shorter than a sector.
+    static func statusBytesMax(_ request: NBDRequest) -> Int {
+        let isOne = request.flags.contains(.requestOne)
+        let count =
+            request.payloadCount > 0
+            ? NBDLimits.statusExtentCountMax
+            : min(request.range.count / 512 + 1, NBDLimits.statusExtentCountMax)
+        return (isOne ? 1 : count) * (MemoryLayout<NBDStatusExtent>.stride + 16)
+    }
 
     private func status(_ payload: IOVector) async throws(BlockError) {
         var request = request
@@ -117,7 +178,17 @@ struct NBDRequestExecution {
         let single = request.flags.contains(.requestOne)
         var result: [NBDStatusExtent] = []
         var range = request.range
-        while !range.isEmpty, result.count < NBDLimits.statusExtentCountMax {
+        var queryCount = 0
+        while !range.isEmpty, result.count < NBDLimits.statusExtentCountMax,
+            queryCount < Self.statusQueryCountMax
+        {
+            queryCount += 1
+            if queryCount % Self.statusTurnCount == 0 {
+                guard !connection.isClosing else {
+                    throw BlockError(.cancelled, "the server is stopping")
+                }
+                await edge.node.thread.yield()
+            }
             let status = try await edge.chainStatus(range)
             let flags = Self.flags(of: status, in: context)
             if let last = result.last, last.flags == flags {

@@ -1,6 +1,7 @@
 import BlockCore
 import BlockGraph
 import BlockIO
+import BlockTLS
 import NBDProtocol
 
 /// An NBD server: listeners, exports by name, clients. Confined to its thread.
@@ -10,12 +11,17 @@ public final class NBDServer: NBDExportCatalogue, @unchecked Sendable {
         public var handshakeSeconds = 10
         /// Clients at a time; 0 for no limit.
         public var connectionCountMax = 100
+        /// Clients have to use TLS, and this is what they are shown; `nil` for no TLS.
+        public var credentials: TLSCredentials?
+        /// Whether a client may come in, by its certificate's distinguished name or its key's user
+        /// name; a client without either is turned away. `nil` lets in whom the credentials accept.
+        public var authorize: (@Sendable (String) -> Bool)?
 
         public init() {}
     }
 
     public let thread: IOThread
-    private let options: Options
+    let options: Options
     private var listeners: [Listener] = []
     private var exportsInOrder: [NBDExport] = []
     private var connections: [NBDConnection] = []
@@ -116,6 +122,7 @@ public final class NBDServer: NBDExportCatalogue, @unchecked Sendable {
     /// - Throws: the first failure to close an export; all are closed all the same.
     public func stop() async throws(BlockError) {
         isStopped = true
+        // Whoever is listed from here on is being stopped: nobody new comes in.
         for listener in listeners { listener.close() }
         for connection in connections { connection.shutdown() }
         while !connections.isEmpty {

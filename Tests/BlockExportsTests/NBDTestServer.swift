@@ -1,0 +1,192 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import BlockProtocols
+import Foundation
+import QMP
+import Synchronization
+import Testing
+
+@testable import BlockExports
+@testable import BlockFormats
+
+/// A server of disks in a private directory, on a Unix socket and on a TCP port of its own.
+final class NBDTestServer: @unchecked Sendable {
+    let thread: IOThread
+    let folder: String
+    private(set) var port: UInt16 = 0
+    let messages = Mutex<[String]>([])
+    private var graph: BlockGraph?
+    private var server: NBDServer?
+    private var nodes: [String: BlockNode] = [:]
+
+    var socketPath: String { "\(folder)/s" }
+    /// The URI of an export on the Unix socket.
+    func uri(_ name: String = "disk") -> String {
+        "nbd+unix:///\(name)?socket=\(socketPath)"
+    }
+
+    /// Runs `body` with a server that has the writable export `disk` (8 MiB; data in the first and the
+    /// last 64 KiB and at 1 MiB) and the read-only export `fixed` on a file of its own.
+    @discardableResult
+    static func with<T>(
+        options: NBDServer.Options = NBDServer.Options(),
+        _ body: (NBDTestServer) async throws -> T
+    ) async throws -> T {
+        let setup = try NBDTestServer()
+        defer {
+            setup.thread.stop()
+            try? FileManager.default.removeItem(atPath: setup.folder)
+        }
+        try await setup.start(options)
+        let result: T
+        do {
+            result = try await body(setup)
+        } catch {
+            try await setup.stop()
+            throw error
+        }
+        try await setup.stop()
+        return result
+    }
+
+    private init() throws {
+        folder = "/tmp/merino-nbd-\(getpid())-\(UInt32.random(in: 0 ... .max))"
+        try FileManager.default.createDirectory(
+            atPath: folder, withIntermediateDirectories: true)
+        thread = try IOThread(name: "nbd-test")
+    }
+
+    static let size = 8 << 20
+
+    private func start(_ options: NBDServer.Options) async throws {
+        for name in ["disk", "fixed"] {
+            var data = Data(count: Self.size)
+            for range in [
+                0..<65_536, (1 << 20)..<(1 << 20) + 65_536, Self.size - 65_536..<Self.size,
+            ] {
+                for index in range { data[index] = UInt8(truncatingIfNeeded: index / 512 + 1) | 1 }
+            }
+            // Zeroes in the source become holes in the file, so that block status has them.
+            try data.write(to: URL(fileURLWithPath: "\(folder)/\(name).full"))
+            _ = try run(["cp", "--sparse=always", "\(folder)/\(name).full", "\(folder)/\(name)"])
+        }
+        try await thread.run { [self] () throws(BlockError) in
+            let graph = BlockGraph(
+                on: thread, registry: DriverRegistry(BlockProtocols.drivers + BlockFormats.drivers))
+            self.graph = graph
+            let server = NBDServer(on: thread, options) { [self] message in
+                messages.withLock { $0.append(message) }
+            }
+            self.server = server
+            for name in ["disk", "fixed"] {
+                let node = try await graph.open(
+                    [
+                        "driver": "raw", "node-name": .string(name), "discard": "unmap",
+                        "read-only": .bool(name == "fixed"),
+                        "file": ["driver": "file", "filename": .string("\(folder)/\(name)")],
+                    ], monitorOwned: true)
+                nodes[name] = node
+                try server.add(
+                    NBDExport(
+                        name: name, description: "the \(name)", node: node,
+                        writable: name == "disk", allocationDepth: true))
+            }
+            server.listen(on: try Listener(on: .unix(path: socketPath), thread: thread))
+            let tcp = try Listener(on: .ipv4(address: 0x7f00_0001, port: 0), thread: thread)
+            server.listen(on: tcp)
+            if case .ipv4(_, let port) = tcp.address { self.port = port }
+        }
+    }
+
+    private var isStopped = false
+
+    func stop() async throws {
+        guard !isStopped else { return }
+        isStopped = true
+        try await thread.run { [self] () throws(BlockError) in
+            try await server?.stop()
+            try await graph?.closeAll()
+        }
+    }
+
+    var clientCount: Int {
+        get async throws {
+            try await thread.run { [self] () throws(BlockError) in server?.clientCount ?? 0 }
+        }
+    }
+
+    func removeExport(_ name: String) async throws {
+        try await thread.run { [self] () throws(BlockError) in
+            guard let export = server?.exportNamed(name) else { return }
+            server?.remove(export)
+            try await export.close()
+        }
+    }
+
+    // MARK: Programs
+
+    struct Output {
+        var status: Int32
+        var text: String
+    }
+
+    /// Runs a program, which must end within a minute; output and errors together.
+    func run(_ arguments: [String]) throws -> Output {
+        let process = Process()
+        process.executableURL = URL(fileURLWithPath: "/usr/bin/timeout")
+        process.arguments = ["60"] + arguments
+        process.environment = ["PATH": "/usr/bin:/bin", "HOME": folder, "LC_ALL": "C.UTF-8"]
+        process.currentDirectoryURL = URL(fileURLWithPath: folder)
+        let pipe = Pipe()
+        process.standardOutput = pipe
+        process.standardError = pipe
+        process.standardInput = FileHandle.nullDevice
+        try process.run()
+        let data = pipe.fileHandleForReading.readDataToEndOfFile()
+        process.waitUntilExit()
+        return Output(
+            status: process.terminationStatus, text: String(decoding: data, as: UTF8.self))
+    }
+
+    /// Runs a program that must succeed.
+    @discardableResult
+    func check(_ arguments: [String]) throws -> String {
+        let output = try run(arguments)
+        #expect(output.status == 0, "\(arguments.joined(separator: " ")): \(output.text)")
+        return output.text
+    }
+
+    /// Runs Python with libnbd's module; `h` is a handle, `uri` the export's URI.
+    @discardableResult
+    func python(_ text: String, uri: String? = nil) throws -> String {
+        let prelude = "import nbd, os\nh = nbd.NBD()\nuri = '\(uri ?? self.uri())'\n"
+        return try check(["/usr/bin/python3", "-c", prelude + text])
+    }
+
+    func contents(_ name: String = "disk") throws -> Data {
+        try Data(contentsOf: URL(fileURLWithPath: "\(folder)/\(name)"))
+    }
+}
+
+/// Certificates and keys in a private directory, made once.
+enum Certificates {
+    static let directory: String = {
+        let path = NSTemporaryDirectory() + "merino-nbd-tls-\(UUID().uuidString)"
+        let script = URL(fileURLWithPath: #filePath).deletingLastPathComponent()
+            .deletingLastPathComponent().appendingPathComponent("Support/make-certificates").path
+        let process = Process()
+        process.executableURL = URL(fileURLWithPath: "/bin/sh")
+        process.arguments = [script, path]
+        do {
+            try process.run()
+            process.waitUntilExit()
+        } catch {
+            Issue.record("cannot run \(script): \(error)")
+        }
+        atexit { try? FileManager.default.removeItem(atPath: Certificates.directory) }
+        return path
+    }()
+
+    static func path(_ name: String) -> String { "\(directory)/\(name)" }
+}
