@@ -138,3 +138,8 @@ extension BlockNode {
         options.isReadOnly = true
     }
 }
+
+extension BlockNode {
+    /// Whether its driver is there: not while it opens.
+    public var isReady: Bool { isOpen }
+}

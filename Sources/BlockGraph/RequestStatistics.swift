@@ -9,7 +9,7 @@ public enum RequestKind: Int, Sendable, CaseIterable {
 /// last one everything above.
 public struct LatencyHistogram: Sendable {
     public static let bucketCount = 24
-    public private(set) var counts = [UInt64](repeating: 0, count: bucketCount)
+    public fileprivate(set) var counts = [UInt64](repeating: 0, count: bucketCount)
 
     @inline(__always)
     mutating func add(nanoseconds: UInt64) {
@@ -28,7 +28,9 @@ public struct RequestStatistics: Sendable {
         public var nanoseconds: UInt64 = 0
         public var latencies = LatencyHistogram()
     }
-    private var counters = [Counter](repeating: Counter(), count: RequestKind.allCases.count)
+    fileprivate var counters = [Counter](repeating: Counter(), count: RequestKind.allCases.count)
+
+    public init() {}
 
     public subscript(kind: RequestKind) -> Counter { counters[kind.rawValue] }
 
@@ -53,4 +55,24 @@ public struct RequestTrace: Sendable {
     public var range: ByteRange
     public var nanoseconds: UInt64
     public var failed: Bool
+}
+
+extension RequestStatistics {
+    /// Adds what another user did.
+    public mutating func add(_ other: RequestStatistics) {
+        for kind in RequestKind.allCases {
+            let index = kind.rawValue
+            counters[index].requests &+= other.counters[index].requests
+            counters[index].failures &+= other.counters[index].failures
+            counters[index].bytes &+= other.counters[index].bytes
+            counters[index].nanoseconds &+= other.counters[index].nanoseconds
+            counters[index].latencies.add(other.counters[index].latencies)
+        }
+    }
+}
+
+extension LatencyHistogram {
+    mutating func add(_ other: LatencyHistogram) {
+        for index in counts.indices { counts[index] &+= other.counts[index] }
+    }
 }

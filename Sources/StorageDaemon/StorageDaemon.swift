@@ -1,1 +1,75 @@
-// The daemon: QMP commands over the graph.
+import BlockCore
+import BlockExports
+import BlockFilters
+import BlockFormats
+import BlockGraph
+import BlockIO
+import BlockProtocols
+import QMP
+
+/// What the daemon holds: the graph, the NBD server, exports, objects, jobs. Confined to its thread.
+///
+/// Each QMP command is a method in `Commands/`, from arguments as JSON to a result as JSON; how
+/// commands arrive is none of their business.
+public final class StorageDaemon: @unchecked Sendable {
+    public let thread: IOThread
+    public let graph: BlockGraph
+    var nbdServer: NBDServer?
+    /// In the order they were added.
+    var exports: [ExportRecord] = []
+    var jobs: [CreationJob] = []
+    /// Called with each event: its name, and its data.
+    public var emit: (String, JSONValue) -> Void = { _, _ in }
+    /// Called when a client asks the daemon to end.
+    public var quit: () -> Void = {}
+
+    /// An export and the identifier that commands know it by.
+    final class ExportRecord {
+        let identifier: String
+        let export: NBDExport
+        /// The node it was added with, for queries.
+        var isClosing = false
+
+        init(_ identifier: String, _ export: NBDExport) {
+            self.identifier = identifier
+            self.export = export
+        }
+    }
+
+    public static let registry = DriverRegistry(
+        BlockProtocols.drivers + BlockFormats.drivers + BlockFilters.drivers)
+
+    public init(on thread: IOThread) {
+        self.thread = thread
+        graph = BlockGraph(on: thread, registry: Self.registry)
+    }
+
+    /// Ends exports and the server, then closes all nodes.
+    ///
+    /// - Throws: the first failure to make something durable; everything is closed all the same.
+    public func close() async throws(BlockError) {
+        var failure: BlockError?
+        do throws(BlockError) {
+            try await nbdServer?.stop()
+        } catch { failure = error }
+        nbdServer = nil
+        for record in exports {
+            do throws(BlockError) {
+                try await record.export.close()
+            } catch { failure = failure ?? error }
+        }
+        exports = []
+        do throws(BlockError) { try await graph.closeAll() } catch { failure = failure ?? error }
+        if let failure { throw failure }
+    }
+}
+
+extension OptionReader {
+    /// A string that must be there.
+    func required(_ key: String) throws(BlockError) -> String {
+        guard let text = try string(key) else {
+            throw BlockError(.invalidArgument, "\(subject): parameter '\(key)' is missing")
+        }
+        return text
+    }
+}

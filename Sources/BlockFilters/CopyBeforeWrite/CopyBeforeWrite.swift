@@ -139,8 +139,10 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
 
     public func access(to edge: Edge, for users: Access) -> Access {
         if edge === child {
-            // The old data is read, whatever the users do; and nobody else may change what is
-            // frozen: neither past this node nor by another size.
+            // Nobody uses the node yet: it is about to be put in the place of the disk, whose users go
+            // on. From the first user on, the old data is read whatever the users do, and nobody else
+            // may change what is frozen: neither past this node nor by another size.
+            if node.parents.isEmpty { return .none }
             var access = users
             access.uses.insert(.consistentRead)
             access.shares.subtract([.write, .resize])

@@ -1,0 +1,300 @@
+import BlockCore
+import BlockExports
+import BlockGraph
+import BlockIO
+import QMP
+
+extension StorageDaemon {
+    func requireExport(_ identifier: String) throws(BlockError) -> ExportRecord {
+        guard let record = exports.first(where: { $0.identifier == identifier }) else {
+            throw BlockError(.notFound, "there is no export '\(identifier)'")
+        }
+        return record
+    }
+
+    // MARK: Server
+
+    /// `nbd-server-start`: `addr` is `{type, data}`, or flat as `--nbd-server` gives it.
+    func nbdServerStart(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        guard nbdServer == nil else {
+            throw BlockError(
+                .busy, "the NBD server is running already", remedy: "nbd-server-stop stops it")
+        }
+        let reader = try OptionReader(arguments, of: "nbd-server-start")
+        var options = NBDServer.Options()
+        if let seconds = try reader.int("handshake-max-seconds") {
+            guard seconds >= 0, seconds <= Int(UInt32.max) else {
+                throw BlockError(.invalidArgument, "'handshake-max-seconds' is out of bounds")
+            }
+            options.handshakeSeconds = seconds
+        }
+        if let count = try reader.int("max-connections") {
+            guard count >= 0, count <= Int(UInt32.max) else {
+                throw BlockError(.invalidArgument, "'max-connections' is out of bounds")
+            }
+            options.connectionCountMax = count
+        }
+        for unsupported in ["tls-creds", "tls-authz"] where try reader.string(unsupported) != nil {
+            throw BlockError(.unsupported, "option '\(unsupported)' is not supported yet")
+        }
+        guard let address = try reader.value("addr") else {
+            throw BlockError(.invalidArgument, "nbd-server-start: parameter 'addr' is missing")
+        }
+        try reader.finish()
+        let listeners = try await SocketAddressOption(address).listen(on: thread)
+        let server = NBDServer(on: thread, options)
+        for listener in listeners { server.listen(on: listener) }
+        nbdServer = server
+        return [:]
+    }
+
+    /// `nbd-server-stop`: ends all its exports and clients.
+    func nbdServerStop(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        let server = try requireServer()
+        nbdServer = nil
+        let gone = exports
+        exports = []
+        try await server.stop()
+        for record in gone {
+            emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)])
+        }
+        return [:]
+    }
+
+    private func requireServer() throws(BlockError) -> NBDServer {
+        guard let nbdServer else {
+            throw BlockError(
+                .notFound, "the NBD server is not running", remedy: "nbd-server-start starts it")
+        }
+        return nbdServer
+    }
+
+    // MARK: Exports
+
+    /// `block-export-add`.
+    func blockExportAdd(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        let reader = try OptionReader(arguments, of: "block-export-add")
+        let type = try reader.required("type")
+        guard type == "nbd" else {
+            throw BlockError(
+                .unsupported, "there is no export type '\(type)'", remedy: "use type=nbd")
+        }
+        let identifier = try reader.required("id")
+        let nodeName = try reader.required("node-name")
+        let name = try reader.string("name") ?? nodeName
+        let description = try reader.string("description") ?? ""
+        let writable = try reader.bool("writable") ?? false
+        let depth = try reader.bool("allocation-depth") ?? false
+        // One thread serves all nodes: whatever is asked for about threads holds.
+        _ = try reader.bool("fixed-iothread")
+        _ = try reader.string("iothread")
+        if try reader.bool("writethrough") == true {
+            throw BlockError(.unsupported, "writethrough exports are not supported yet")
+        }
+        if let bitmaps = try reader.list("bitmaps"), !bitmaps.isEmpty {
+            throw BlockError(.unsupported, "exporting dirty bitmaps is not supported yet")
+        }
+        try reader.finish()
+        try addExport(
+            identifier: identifier, nodeName: nodeName, name: name, description: description,
+            writable: writable, depth: depth)
+        return [:]
+    }
+
+    private func addExport(
+        identifier: String, nodeName: String, name: String, description: String, writable: Bool,
+        depth: Bool
+    ) throws(BlockError) {
+        let server = try requireServer()
+        guard !exports.contains(where: { $0.identifier == identifier }) else {
+            throw BlockError(.alreadyExists, "there is an export '\(identifier)' already")
+        }
+        guard server.exportNamed(name) == nil else {
+            throw BlockError(.alreadyExists, "there is an NBD export named '\(name)' already")
+        }
+        let export = try NBDExport(
+            name: name, description: description, node: try graph.requireNode(named: nodeName),
+            writable: writable, allocationDepth: depth)
+        try server.add(export)
+        exports.append(ExportRecord(identifier, export))
+    }
+
+    /// `block-export-del`.
+    func blockExportDel(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        let reader = try OptionReader(arguments, of: "block-export-del")
+        let record = try requireExport(try reader.required("id"))
+        let mode = try removalMode(reader)
+        try reader.finish()
+        try await remove(record, hard: mode)
+        return [:]
+    }
+
+    private func removalMode(_ reader: OptionReader) throws(BlockError) -> Bool {
+        switch try reader.string("mode") ?? "safe" {
+        case "safe": return false
+        case "hard": return true
+        case let other:
+            throw BlockError(
+                .invalidArgument, "parameter 'mode' does not accept '\(other)'",
+                remedy: "use safe or hard")
+        }
+    }
+
+    private func remove(_ record: ExportRecord, hard: Bool) async throws(BlockError) {
+        guard hard || record.export.connectionCount == 0 else {
+            throw BlockError(
+                .busy, "export '\(record.identifier)' has clients",
+                remedy: "wait for them, or use mode=hard")
+        }
+        nbdServer?.remove(record.export)
+        exports.removeAll { $0 === record }
+        try await record.export.close()
+        emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)])
+    }
+
+    /// `nbd-server-add`: an export whose identifier is its name.
+    func nbdServerAdd(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        let reader = try OptionReader(arguments, of: "nbd-server-add")
+        let device = try reader.required("device")
+        let name = try reader.string("name") ?? device
+        let description = try reader.string("description") ?? ""
+        let wanted = try reader.bool("writable") ?? false
+        if try reader.string("bitmap") != nil {
+            throw BlockError(.unsupported, "exporting dirty bitmaps is not supported yet")
+        }
+        try reader.finish()
+        // As documented for this command: read-only when the node is.
+        let isReadOnly = try graph.requireNode(named: device).isReadOnly
+        try addExport(
+            identifier: name, nodeName: device, name: name, description: description,
+            writable: wanted && !isReadOnly, depth: false)
+        return [:]
+    }
+
+    /// `nbd-server-remove`.
+    func nbdServerRemove(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        let reader = try OptionReader(arguments, of: "nbd-server-remove")
+        let record = try requireExport(try reader.required("name"))
+        let mode = try removalMode(reader)
+        try reader.finish()
+        try await remove(record, hard: mode)
+        return [:]
+    }
+
+    /// `query-block-exports`.
+    func queryBlockExports(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        .array(
+            exports.map { record in
+                [
+                    "id": .string(record.identifier), "type": "nbd",
+                    "node-name": .string(record.export.edge?.node.name ?? ""),
+                    "shutting-down": .bool(record.export.edge == nil),
+                ]
+            })
+    }
+}
+
+/// A `SocketAddress` as options give it: flat, or in the older form `{type, data}`.
+struct SocketAddressOption {
+    private let value: JSONValue
+
+    init(_ value: JSONValue) throws(BlockError) {
+        guard let data = value["data"], case .object(var flat) = data, let type = value["type"]
+        else {
+            self.value = value
+            return
+        }
+        flat["type"] = type
+        self.value = .object(flat)
+    }
+
+    /// Listens on the address; a name can stand for several.
+    func listen(on thread: IOThread) async throws(BlockError) -> [Listener] {
+        let reader = try OptionReader(value, of: "the socket address")
+        switch try reader.required("type") {
+        case "unix":
+            let path = try reader.required("path")
+            let abstract = try reader.bool("abstract") ?? false
+            _ = try reader.bool("tight")
+            try reader.finish()
+            return [
+                try Listener(on: .unix(path: path, abstract: abstract), thread: thread)
+            ]
+        case "inet":
+            return try await listenInternet(reader, thread)
+        case "vsock":
+            let cid = try number(reader, "cid")
+            let port = try number(reader, "port")
+            try reader.finish()
+            return [try Listener(on: .vsock(cid: cid, port: port), thread: thread)]
+        case "fd":
+            let text = try reader.required("str")
+            try reader.finish()
+            guard let descriptor = Int32(text), descriptor >= 0 else {
+                throw BlockError(
+                    .unsupported, "descriptor '\(text)' is not known by name here",
+                    remedy: "give its number")
+            }
+            return [try Listener(adopting: IOHandle(descriptor), thread: thread)]
+        case let other:
+            throw BlockError(
+                .invalidArgument, "there is no socket address type '\(other)'",
+                remedy: "use inet, unix, vsock or fd")
+        }
+    }
+
+    private func number(_ reader: OptionReader, _ key: String) throws(BlockError) -> UInt32 {
+        guard let value = try reader.int(key), let number = UInt32(exactly: value) else {
+            throw BlockError(.invalidArgument, "'\(key)' is missing or out of bounds")
+        }
+        return number
+    }
+
+    private func listenInternet(
+        _ reader: OptionReader, _ thread: IOThread
+    ) async throws(BlockError) -> [Listener] {
+        let host = try reader.required("host")
+        guard let first = try reader.int("port"), let port = UInt16(exactly: first) else {
+            throw BlockError(.invalidArgument, "'port' is missing or out of bounds")
+        }
+        let last = try reader.int("to") ?? first
+        guard let end = UInt16(exactly: last), end >= port else {
+            throw BlockError(.invalidArgument, "'to' is out of bounds: \(last)")
+        }
+        let ipv4 = try reader.bool("ipv4")
+        let ipv6 = try reader.bool("ipv6")
+        _ = try reader.bool("numeric")
+        _ = try reader.bool("keep-alive")
+        try reader.finish()
+        let addresses = try await thread.offload { () throws(BlockError) in
+            try SocketAddress.resolve(
+                host: host, port: port, passive: true, ipv4: ipv4 ?? (ipv6 != true),
+                ipv6: ipv6 ?? (ipv4 != true))
+        }
+        var failure = BlockError(.notFound, "host '\(host)' has no address to listen on")
+        for candidate in port...end {
+            do throws(BlockError) {
+                var listeners: [Listener] = []
+                for address in addresses {
+                    listeners.append(
+                        try Listener(on: address.with(port: candidate), thread: thread))
+                }
+                if !listeners.isEmpty { return listeners }
+            } catch {
+                failure = error
+            }
+        }
+        throw failure
+    }
+}
+
+extension SocketAddress {
+    /// The same address with another TCP port.
+    func with(port: UInt16) -> SocketAddress {
+        switch self {
+        case .ipv4(let address, _): .ipv4(address: address, port: port)
+        case .ipv6(let address, _, let scope): .ipv6(address: address, port: port, scope: scope)
+        case .unix, .vsock: self
+        }
+    }
+}
