@@ -1,1 +1,0 @@
-// JSON values, options and the QMP wire protocol: pure, no I/O.
