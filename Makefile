@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .PHONY: help setup build release run test lint format bench fuzz install clean
 
 PREFIX ?= /usr/local
-export PREFIX DESTDIR COMPAT DISK ROUNDS SEED
+export PREFIX DESTDIR COMPAT DISK FORMAT ROUNDS SEED
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
