@@ -116,6 +116,15 @@ final class NBDTestServer: @unchecked Sendable {
         }
     }
 
+    /// What each client holds, in bytes.
+    var bytesInFlight: [Int] {
+        get async throws {
+            try await thread.run { [self] () throws(BlockError) in
+                server?.connections.map(\.bytesInFlight) ?? []
+            }
+        }
+    }
+
     func removeExport(_ name: String) async throws {
         try await thread.run { [self] () throws(BlockError) in
             guard let export = server?.exportNamed(name) else { return }

@@ -30,7 +30,7 @@ final class NBDConnection: @unchecked Sendable {
     private var export: NBDExport?
 
     private var requestCount = 0
-    private var bytesInFlight = 0
+    private(set) var bytesInFlight = 0
     private var roomSleeper: UnsafeContinuation<Void, Never>?
     private var doneSleeper: UnsafeContinuation<Void, Never>?
     private var rules: NBDRequestRules?

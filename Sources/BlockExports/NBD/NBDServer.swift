@@ -24,7 +24,7 @@ public final class NBDServer: NBDExportCatalogue, @unchecked Sendable {
     let options: Options
     private var listeners: [Listener] = []
     private var exportsInOrder: [NBDExport] = []
-    private var connections: [NBDConnection] = []
+    private(set) var connections: [NBDConnection] = []
     private var sleepers: [UnsafeContinuation<Void, Never>] = []
     private var isStopped = false
     private let logger: @Sendable (String) -> Void
