@@ -78,5 +78,6 @@ let package = Package(
         tests("BlockFilters", ["BlockProtocols", "BlockFormats"]),
         tests("BlockTLS"),
         tests("BlockExports", ["BlockProtocols", "BlockFormats"]),
+        tests("BlockTesting", ["BlockProtocols", "BlockFormats", "BlockFilters"]),
     ]
 )

@@ -70,12 +70,12 @@ struct ThreadBody {
 }
 
 /// A mutex with a condition, guarding a value.
-final class Monitor<Value>: @unchecked Sendable {
+package final class Monitor<Value>: @unchecked Sendable {
     private let mutex = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
     private let condition = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
     private var value: Value
 
-    init(_ value: sending Value) {
+    package init(_ value: sending Value) {
         self.value = value
         pthread_mutex_init(mutex, nil)
         #if canImport(Darwin)
@@ -96,7 +96,7 @@ final class Monitor<Value>: @unchecked Sendable {
         mutex.deallocate()
     }
 
-    func withLock<T>(_ body: (inout Value) -> T) -> T {
+    package func withLock<T>(_ body: (inout Value) -> T) -> T {
         pthread_mutex_lock(mutex)
         defer { pthread_mutex_unlock(mutex) }
         return body(&value)
@@ -106,7 +106,7 @@ final class Monitor<Value>: @unchecked Sendable {
     ///
     /// - Parameter seconds: give up when no signal came for that long; `nil` never gives up.
     /// - Returns: what `attempt` returned, or `nil` when it gave up.
-    func wait<T>(seconds: Int? = nil, until attempt: (inout Value) -> T?) -> T? {
+    package func wait<T>(seconds: Int? = nil, until attempt: (inout Value) -> T?) -> T? {
         pthread_mutex_lock(mutex)
         defer { pthread_mutex_unlock(mutex) }
         while true {
@@ -132,11 +132,11 @@ final class Monitor<Value>: @unchecked Sendable {
         #endif
     }
 
-    func signal() {
+    package func signal() {
         pthread_cond_signal(condition)
     }
 
-    func broadcast() {
+    package func broadcast() {
         pthread_cond_broadcast(condition)
     }
 }

@@ -1,1 +1,0 @@
-// Simulated disk, shadow model, conformance suite.
