@@ -45,7 +45,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     /// Clusters that the snapshot has: waiting in `file`, or copied.
     private var present: ClusterBitmap
     /// Clusters held by copies and snapshot reads.
-    private let locks = ClusterLocks()
+    private let locks = RangeLocks()
     public let snapshotSize: Int
     /// Why the snapshot is broken, once it is.
     private var breakage: BlockError?
@@ -215,7 +215,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         }
         // Snapshot reads of `file` come first (invariant 2). Those of a broken snapshot fail anyway, and
         // a copy that hangs must not hold the guest up.
-        if breakage == nil { await locks.waitUntilFree(clusters) }
+        if breakage == nil { await locks.waitUntilFree(clusters, exclusively: true) }
     }
 
     private func breakSnapshot(_ error: BlockError) {
@@ -264,12 +264,12 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
                 ?? clusters.upperBound)
             // Bounded memory, whatever the guest writes at once.
             let part = first..<min(run.upperBound, first + max(1, (1 << 20) / clusterSize))
-            if locks.isHeldExclusively(part) {
+            if locks.conflicts(part, exclusively: false) {
                 // Somebody copies a part of it already; look again when that is over.
-                await locks.waitUntilFree(part)
+                await locks.waitUntilFree(part, exclusively: false)
                 continue
             }
-            locks.lock(part, exclusively: true)
+            locks.take(part, exclusively: true)
             do throws(BlockError) {
                 try await copyRun(part)
             } catch {
@@ -323,12 +323,12 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
                 try await target.read(run.range.offset, into: part)
             } else {
                 let clusters = clusters(touching: run.range)
-                if locks.isHeldExclusively(clusters) {
+                if locks.conflicts(clusters, exclusively: false) {
                     // It is being copied: then it is in the target, or still here.
-                    await locks.waitUntilFree(clusters, exclusiveOnly: true)
+                    await locks.waitUntilFree(clusters, exclusively: false)
                     continue
                 }
-                locks.lock(clusters, exclusively: false)
+                locks.take(clusters, exclusively: false)
                 defer { locks.unlock(clusters, exclusively: false) }
                 try await child.read(run.range.offset, into: part)
             }
@@ -363,7 +363,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         present.clear(clusters)
         waiting.clear(clusters)
         // A copy under way may still write into the target what is about to be dropped there.
-        await locks.waitUntilFree(clusters)
+        await locks.waitUntilFree(clusters, exclusively: true)
         try await target.discard(bytes(of: clusters))
     }
 
