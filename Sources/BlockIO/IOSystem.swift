@@ -96,8 +96,15 @@ public protocol IOSystem: Sendable {
     func adopt(_ handle: IOHandle) throws(BlockError)
     /// Ends both directions; pending operations complete.
     func shutdown(_ handle: IOHandle)
+    /// Ends receiving only: a pending receive returns what is there, then the end of the stream.
+    func shutdownReceiving(_ handle: IOHandle)
     /// What every connected TCP socket gets: no delay, keep-alive.
     func prepareConnection(_ handle: IOHandle)
+}
+
+extension IOSystem {
+    /// A system without half-closed sockets ends both directions.
+    public func shutdownReceiving(_ handle: IOHandle) { shutdown(handle) }
 }
 
 /// Where a socket listens or connects to; names are resolved already.

@@ -98,6 +98,12 @@ public final class Socket: @unchecked Sendable {
         thread.system.shutdown(handle)
     }
 
+    /// Ends receiving only: what is there can still be received, then the stream ends.
+    public func shutdownReceiving() {
+        guard !isClosed else { return }
+        thread.system.shutdownReceiving(handle)
+    }
+
     /// Closes the socket once. No operation may be pending: shut it down and wait first.
     public func close() {
         guard !isClosed else { return }

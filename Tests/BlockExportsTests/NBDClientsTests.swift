@@ -131,6 +131,18 @@ import Testing
         }
     }
 
+    @Test(arguments: ["randrw", "rw"])
+    func fioVerifiesWhatItWrote(load: String) async throws {
+        try await NBDTestServer.with { server in
+            let text = try server.check([
+                "fio", "--name=x", "--ioengine=nbd", "--uri=\(server.uri())", "--rw=\(load)",
+                "--bsrange=512-128k", "--iodepth=16", "--size=8M", "--verify=crc32c",
+                "--verify_fatal=1", "--randseed=\(UInt32.random(in: 0 ... .max))",
+            ])
+            #expect(text.contains("err= 0"), "\(text)")
+        }
+    }
+
     // MARK: Commands and flags
 
     @Test func everyCommandAndFlagWorks() async throws {

@@ -18,6 +18,8 @@ final class NBDTestServer: @unchecked Sendable {
     let messages = Mutex<[String]>([])
     private var graph: BlockGraph?
     private var server: NBDServer?
+    /// Whether there is also the export `slow`, whose requests take 0.3 s.
+    private var offersSlow = false
     private var nodes: [String: BlockNode] = [:]
 
     var socketPath: String { "\(folder)/s" }
@@ -30,10 +32,11 @@ final class NBDTestServer: @unchecked Sendable {
     /// last 64 KiB and at 1 MiB) and the read-only export `fixed` on a file of its own.
     @discardableResult
     static func with<T>(
-        options: NBDServer.Options = NBDServer.Options(),
+        options: NBDServer.Options = NBDServer.Options(), slow: Bool = false,
         _ body: (NBDTestServer) async throws -> T
     ) async throws -> T {
         let setup = try NBDTestServer()
+        setup.offersSlow = slow
         defer {
             setup.thread.stop()
             try? FileManager.default.removeItem(atPath: setup.folder)
@@ -92,6 +95,12 @@ final class NBDTestServer: @unchecked Sendable {
                         name: name, description: "the \(name)", node: node,
                         writable: name == "disk", allocationDepth: true))
             }
+            let slow = try await graph.open(
+                [
+                    "driver": "null-co", "node-name": "slow", "size": 65_536,
+                    "latency-ns": 300_000_000,
+                ], monitorOwned: true)
+            if offersSlow { try server.add(NBDExport(name: "slow", node: slow, writable: true)) }
             server.listen(on: try Listener(on: .unix(path: socketPath), thread: thread))
             let tcp = try Listener(on: .ipv4(address: 0x7f00_0001, port: 0), thread: thread)
             server.listen(on: tcp)

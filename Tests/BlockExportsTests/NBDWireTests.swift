@@ -255,6 +255,19 @@ import Testing
         }
     }
 
+    @Test func whatIsInFlightIsRepliedToWhenTheServerStops() async throws {
+        try await NBDTestServer.with(slow: true) { server in
+            let client = try Raw(unix: server.socketPath)
+            client.enter("slow")
+            client.send(Raw.request(1, 0, 512, cookie: 5) + [UInt8](repeating: 1, count: 512))
+            client.send(Raw.request(0, 0, 512, cookie: 6))
+            while try await server.bytesInFlight.reduce(0, +) < 1_024 {}
+            try await server.stop()
+            // A write's reply, a read's reply with its data, and the end.
+            #expect(client.receive(1 << 16).count == 16 + 16 + 512)
+        }
+    }
+
     @Test func theServerStopsInAHandshakeOfTLS() async throws {
         var options = NBDServer.Options()
         options.credentials = try .x509(

@@ -9,6 +9,8 @@ protocol NBDChannel: AnyObject, Sendable {
     func sendNow(_ vector: IOVector) -> Int?
     /// Sends all. One send at a time.
     func send(_ vector: IOVector) async throws(BlockError)
+    /// Ends receiving: what was sent before can still be received, then comes the end.
+    func shutdownReceiving()
     /// Ends both directions: pending calls return.
     func shutdown()
     func close()

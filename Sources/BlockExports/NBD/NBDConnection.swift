@@ -19,6 +19,8 @@ final class NBDConnection: @unchecked Sendable {
     /// Bytes of payload that one client's requests and unsent replies hold.
     static let bytesInFlightMax = 64 << 20
 
+    /// How long a client that is being sent away may take to receive the replies it is owed.
+    static let closingNanosecondsMax: UInt64 = 1_000_000_000
     /// Requests that are started in a row before other clients get their turn.
     static let turnRequestCountMax = 128
 
@@ -36,6 +38,8 @@ final class NBDConnection: @unchecked Sendable {
     private var rules: NBDRequestRules?
     private var session: NBDSession?
     private(set) var isClosing = false
+    private var isDone = false
+    private let closingTimer: IOTimer
 
     init(_ socket: Socket, server: NBDServer) {
         self.server = server
@@ -43,16 +47,36 @@ final class NBDConnection: @unchecked Sendable {
         self.socket = socket
         channel = socket
         output = NBDOutput(socket, thread: socket.thread)
+        closingTimer = IOTimer(on: socket.thread)
         output.sent = { [unowned self] count in
             bytesInFlight -= count
             wakeForRoom()
         }
     }
 
-    /// Ends the connection: the client sees it close once what is in flight is done.
+    /// Ends the connection. Nothing more is received; requests in flight are finished and replied to,
+    /// as long as the client takes the replies within ``closingNanosecondsMax``.
     func shutdown() {
+        guard !isClosing, !isDone else { return }
         isClosing = true
-        channel.shutdown()
+        channel.shutdownReceiving()
+        if let sleeper = roomSleeper {
+            roomSleeper = nil
+            sleeper.resume()
+        }
+        limitClosing()
+    }
+
+    private func limitClosing() {
+        thread.spawn { [self] in
+            if await closingTimer.wait(nanoseconds: Self.closingNanosecondsMax) { abandon() }
+        }
+    }
+
+    /// Ends the connection at once, for one that is of no use any more.
+    func abandon() {
+        isClosing = true
+        if !isDone { channel.shutdown() }
     }
 
     func exportResized(to size: Int) {
@@ -72,11 +96,16 @@ final class NBDConnection: @unchecked Sendable {
             }
         } catch {
             server.log("a client's connection ended: \(error)")
+            // Whoever breaks the protocol is not waited for.
+            if !isClosing { limitClosing() }
+            isClosing = true
         }
         while requestCount > 0 {
             await withUnsafeContinuation { doneSleeper = $0 }
         }
         await output.flush()
+        isDone = true
+        closingTimer.cancel()
         channel.close()
         export?.remove(self)
     }
@@ -162,7 +191,7 @@ final class NBDConnection: @unchecked Sendable {
             }
             while input.available < headerCount {
                 guard try await input.receive(from: channel) else {
-                    if input.available > 0 {
+                    if input.available > 0, !isClosing {
                         throw BlockError(.disconnected, "the client went away in a request")
                     }
                     return
@@ -175,6 +204,7 @@ final class NBDConnection: @unchecked Sendable {
                 let cost = request.payloadCount + replyBytesMax(request)
                 if requestCount >= Self.requestCountMax || bytesInFlight > Self.bytesInFlightMax {
                     await waitForRoom()
+                    if isClosing { return }
                 }
                 var payload = IOVector()
                 if request.payloadCount > 0 {
@@ -219,7 +249,9 @@ final class NBDConnection: @unchecked Sendable {
     }
 
     private func waitForRoom() async {
-        while requestCount >= Self.requestCountMax || bytesInFlight > Self.bytesInFlightMax {
+        while !isClosing,
+            requestCount >= Self.requestCountMax || bytesInFlight > Self.bytesInFlightMax
+        {
             await withUnsafeContinuation { roomSleeper = $0 }
         }
     }

@@ -20,7 +20,7 @@ struct NBDRequestExecution {
                     to: request)
             }
         } catch {
-            connection.shutdown()
+            connection.abandon()
         }
     }
 

@@ -153,6 +153,10 @@ final class NBDSecureChannel: NBDChannel, @unchecked Sendable {
         return unsent.isEmpty
     }
 
+    func shutdownReceiving() {
+        socket.shutdownReceiving()
+    }
+
     func shutdown() {
         socket.shutdown()
     }

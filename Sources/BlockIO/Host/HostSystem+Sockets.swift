@@ -82,7 +82,11 @@ extension HostSystem {
     }
 
     func shutdown(_ handle: IOHandle) {
-        _ = hostShutdown(handle.rawValue)
+        _ = hostShutdown(handle.rawValue, Int32(SHUT_RDWR))
+    }
+
+    func shutdownReceiving(_ handle: IOHandle) {
+        _ = hostShutdown(handle.rawValue, Int32(SHUT_RD))
     }
 
     func prepareConnection(_ handle: IOHandle) {
@@ -111,8 +115,8 @@ private func hostSocket(_ family: Int32) -> Int32 {
 private func hostListen(_ descriptor: Int32, _ backlog: Int32) -> Int32 {
     listen(descriptor, backlog)
 }
-private func hostShutdown(_ descriptor: Int32) -> Int32 {
-    shutdown(descriptor, Int32(SHUT_RDWR))
+private func hostShutdown(_ descriptor: Int32, _ direction: Int32) -> Int32 {
+    shutdown(descriptor, direction)
 }
 
 extension SocketAddress: CustomStringConvertible {
