@@ -30,12 +30,14 @@ let package = Package(
     targets: [
         // C libraries, Debian's -dev packages.
         .systemLibrary(name: "CLiburing"),
-        .systemLibrary(name: "CGnuTLS"),
         .systemLibrary(name: "CZlib"),
         .systemLibrary(name: "CZstd"),
 
         // Linux calls that Swift's C library module leaves out.
         .target(name: "CLinux"),
+
+        // GnuTLS, loaded when TLS is first used.
+        .target(name: "CGnuTLS"),
 
         // Pure: no I/O, no Foundation.
         box("BlockCore"),

@@ -211,7 +211,13 @@ public final class TLSCredentials: @unchecked Sendable {
 
     // MARK: Shared
 
+    /// Every kind of credentials begins here, and so does the loading of GnuTLS.
     private static func makePriority(_ text: String) throws(BlockError) -> gnutls_priority_t {
+        if let reason = merino_gnutls_load() {
+            throw BlockError(
+                .unsupported, "TLS needs GnuTLS: \(String(cString: reason))",
+                remedy: "install Debian's libgnutls30")
+        }
         var pointer: gnutls_priority_t?
         let whole = text + ":-VERS-SSL3.0:-VERS-TLS1.0:-VERS-TLS1.1"
         let result = gnutls_priority_init(&pointer, whole, nil)

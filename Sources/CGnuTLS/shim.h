@@ -1,3 +1,0 @@
-#pragma once
-#include <gnutls/gnutls.h>
-#include <gnutls/x509.h>
