@@ -48,7 +48,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     private let locks = RangeLocks()
     public let snapshotSize: Int
     /// Why the snapshot is broken, once it is.
-    private var breakage: BlockError?
+    public private(set) var breakage: BlockError?
     /// Copies that go on although the write that wanted them stopped waiting.
     private var copiesInFlight = 0
     private var settleSleepers: [UnsafeContinuation<Void, Never>] = []

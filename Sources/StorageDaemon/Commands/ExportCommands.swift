@@ -69,6 +69,15 @@ extension StorageDaemon {
         return nbdServer
     }
 
+    /// `x-query-nbd-server`: where clients find the exports; null while the server does not run.
+    func queryNBDServer(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        guard let nbdServer else { return .null }
+        return [
+            "addresses": .array(nbdServer.addresses.map(\.option)),
+            "clients": .integer(nbdServer.clientCount),
+        ]
+    }
+
     // MARK: Exports
 
     /// `block-export-add`.
@@ -296,5 +305,26 @@ extension SocketAddress {
         case .ipv6(let address, _, let scope): .ipv6(address: address, port: port, scope: scope)
         case .unix, .vsock: self
         }
+    }
+}
+
+extension SocketAddress {
+    /// The address as options give it.
+    var option: JSONValue {
+        switch self {
+        case .unix(let path, let abstract):
+            ["type": "unix", "path": .string(path), "abstract": .bool(abstract)]
+        case .ipv4(_, let port), .ipv6(_, let port, _):
+            ["type": "inet", "host": .string(host), "port": .string(String(port))]
+        case .vsock(let cid, let port):
+            ["type": "vsock", "cid": .string(String(cid)), "port": .string(String(port))]
+        }
+    }
+
+    /// The number of the host, without the port.
+    private var host: String {
+        let text = description
+        guard let colon = text.lastIndex(of: ":") else { return text }
+        return String(text[..<colon].filter { $0 != "[" && $0 != "]" })
     }
 }

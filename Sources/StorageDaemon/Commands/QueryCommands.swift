@@ -1,5 +1,6 @@
 import BlockCore
 import BlockExports
+import BlockFilters
 import BlockGraph
 import BlockProtocols
 import QMP
@@ -96,8 +97,23 @@ extension StorageDaemon {
             graph.nodes.filter(\.isReady).map { node in
                 var total = RequestStatistics()
                 for edge in node.parents { total.add(edge.statistics) }
-                return ["node-name": .string(node.name), "stats": Self.statistics(total, node)]
+                var result: JSONObject = [
+                    "node-name": .string(node.name), "stats": Self.statistics(total, node),
+                ]
+                if let filter = node.driver as? CopyBeforeWrite {
+                    result["driver-specific"] = Self.describe(filter)
+                }
+                return .object(result)
             })
+    }
+
+    private static func describe(_ filter: CopyBeforeWrite) -> JSONValue {
+        var result: JSONObject = [
+            "driver": "copy-before-write", "copied-bytes": .integer(filter.copiedBytes),
+            "present-bytes": .integer(filter.presentBytes),
+        ]
+        if let breakage = filter.breakage { result["broken"] = .string(breakage.message) }
+        return .object(result)
     }
 
     private static func statistics(_ statistics: RequestStatistics, _ node: BlockNode) -> JSONValue

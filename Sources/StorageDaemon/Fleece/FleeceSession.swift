@@ -1,0 +1,273 @@
+import BlockCore
+import BlockIO
+import QMP
+
+/// A frozen view of one disk, from its set-up to its end, by QMP commands.
+///
+///     before:  export ──► disk
+///     during:  export ──► copy-before-write ──► disk         frozen export ──► snapshot-access
+///                               └──► temporary image                                 │
+///                               ▲────────────────────────────────────────────────────┘
+///
+/// Names follow from the disk's, so that another process can take down what one that died left.
+public struct FleeceSession: Sendable {
+    /// The node that is frozen.
+    public let disk: String
+    /// The name of the frozen export.
+    public let exportName: String
+    /// The temporary image's file.
+    public let temporaryPath: String
+    private let executor: any QMPExecutor
+
+    private var filterName: String { "fleece-\(tag)-filter" }
+    private var accessName: String { "fleece-\(tag)-frozen" }
+    private var temporaryName: String { "fleece-\(tag)-temp" }
+    private var exportIdentifier: String { "fleece-\(tag)" }
+    /// Node names are short.
+    private var tag: String { String(disk.filter { $0 != "#" }.prefix(16)) }
+
+    /// How the view is frozen.
+    public struct Options: Sendable {
+        /// `break-snapshot`: when the temporary image fails, the guest goes on and the view is lost.
+        public var breaksSnapshot = true
+        /// Seconds that a guest's write waits for a copy at most; 0 for no limit.
+        public var timeoutSeconds = 0
+        public var temporaryFormat = "raw"
+
+        public init() {}
+    }
+
+    public init(
+        of disk: String, exportName: String?, temporaryPath: String, executor: any QMPExecutor
+    ) {
+        self.disk = disk
+        self.exportName = exportName ?? "\(disk)-frozen"
+        self.temporaryPath = temporaryPath
+        self.executor = executor
+    }
+
+    // MARK: Begin
+
+    /// Freezes the disk and exports the frozen view.
+    ///
+    /// - Throws: with everything taken down again that was set up.
+    public func begin(_ options: Options) async throws(BlockError) {
+        let size = try await sizeOfDisk()
+        do throws(BlockError) {
+            try await makeTemporary(size, options)
+            let exports = try await exportsOfDisk()
+            var actions: [JSONValue] = [["type": "blockdev-add", "data": filter(options)]]
+            for identifier in exports {
+                actions.append([
+                    "type": "blockdev-replace",
+                    "data": [
+                        "parent-type": "export", "export-id": .string(identifier),
+                        "new-child": .string(filterName),
+                    ],
+                ])
+            }
+            // The moment: all of it, or nothing.
+            _ = try await executor.execute("transaction", ["actions": .array(actions)])
+            _ = try await executor.execute(
+                "blockdev-add",
+                [
+                    "driver": "snapshot-access", "node-name": .string(accessName),
+                    "file": .string(filterName), "discard": "unmap",
+                ])
+            _ = try await executor.execute(
+                "block-export-add",
+                [
+                    "type": "nbd", "id": .string(exportIdentifier),
+                    "node-name": .string(accessName), "name": .string(exportName),
+                    "description": .string("frozen view of \(disk)"),
+                ])
+        } catch {
+            try? await end()
+            throw error
+        }
+    }
+
+    private func filter(_ options: Options) -> JSONValue {
+        [
+            "driver": "copy-before-write", "node-name": .string(filterName),
+            "file": .string(disk), "target": .string(temporaryName), "discard": "unmap",
+            "on-cbw-error": options.breaksSnapshot ? "break-snapshot" : "break-guest-write",
+            "cbw-timeout": .integer(options.timeoutSeconds),
+        ]
+    }
+
+    private func makeTemporary(_ size: Int, _ options: Options) async throws(BlockError) {
+        let isRaw = options.temporaryFormat == "raw"
+        try await create([
+            "driver": "file", "filename": .string(temporaryPath),
+            "size": .integer(isRaw ? size : 0),
+        ])
+        let file: JSONValue = ["driver": "file", "filename": .string(temporaryPath)]
+        if !isRaw {
+            _ = try await executor.execute(
+                "blockdev-add",
+                ["driver": "file", "node-name": "fleece-new", "filename": .string(temporaryPath)])
+            do throws(BlockError) {
+                try await create([
+                    "driver": .string(options.temporaryFormat), "file": "fleece-new",
+                    "size": .integer(size),
+                ])
+            } catch {
+                _ = try? await executor.execute("blockdev-del", ["node-name": "fleece-new"])
+                throw error
+            }
+            _ = try await executor.execute("blockdev-del", ["node-name": "fleece-new"])
+        }
+        // What the temporary image holds ends with the process: nothing of it needs to be flushed.
+        _ = try await executor.execute(
+            "blockdev-add",
+            [
+                "driver": .string(options.temporaryFormat), "node-name": .string(temporaryName),
+                "file": file, "discard": "unmap", "cache": ["no-flush": true],
+            ])
+    }
+
+    private func create(_ options: JSONValue) async throws(BlockError) {
+        let job = "fleece-create-\(tag)"
+        _ = try await executor.execute(
+            "blockdev-create", ["job-id": .string(job), "options": options])
+        while true {
+            guard case .array(let jobs) = try await executor.execute("query-jobs", [:]),
+                let state = jobs.first(where: { $0["id"] == .string(job) })
+            else { throw BlockError(.notFound, "the job that creates the temporary image is gone") }
+            if state["status"] == "concluded" {
+                _ = try await executor.execute("job-dismiss", ["id": .string(job)])
+                if case .string(let reason)? = state["error"] {
+                    throw BlockError(
+                        .inputOutput, "cannot create the temporary image: \(reason)")
+                }
+                return
+            }
+            await executor.thread.sleep(nanoseconds: 5_000_000)
+        }
+    }
+
+    private func sizeOfDisk() async throws(BlockError) -> Int {
+        guard
+            case .array(let nodes) = try await executor.execute(
+                "query-named-block-nodes", ["flat": true])
+        else { throw BlockError(.protocolViolation, "the daemon lists no nodes") }
+        guard let node = nodes.first(where: { $0["node-name"] == .string(disk) }) else {
+            let names = nodes.compactMap { node -> String? in
+                if case .string(let name)? = node["node-name"], !name.hasPrefix("#") { return name }
+                return nil
+            }
+            throw BlockError(
+                .notFound, "the daemon has no node '\(disk)'",
+                remedy: "it has \(names.joined(separator: ", "))")
+        }
+        guard case .integer(let size)? = node["image"]?["virtual-size"] else {
+            throw BlockError(.protocolViolation, "the daemon does not tell the size of '\(disk)'")
+        }
+        return size
+    }
+
+    /// The identifiers of the exports through which guests reach the disk.
+    private func exportsOfDisk(below node: String? = nil) async throws(BlockError) -> [String] {
+        guard case .array(let exports) = try await executor.execute("query-block-exports", [:])
+        else {
+            return []
+        }
+        return exports.compactMap { export in
+            guard export["node-name"] == .string(node ?? disk),
+                case .string(let identifier)? = export["id"]
+            else { return nil }
+            return identifier
+        }
+    }
+
+    // MARK: Progress
+
+    public struct Progress: Sendable {
+        /// Bytes that were copied before guests changed them.
+        public var copiedBytes = 0
+        /// Why the view is lost, once it is.
+        public var breakage: String?
+    }
+
+    public func progress() async throws(BlockError) -> Progress {
+        var result = Progress()
+        guard
+            case .array(let nodes) = try await executor.execute(
+                "query-blockstats", ["query-nodes": true]),
+            let filter = nodes.first(where: { $0["node-name"] == .string(filterName) })
+        else { throw BlockError(.notFound, "the frozen view of '\(disk)' is gone") }
+        if case .integer(let bytes)? = filter["driver-specific"]?["copied-bytes"] {
+            result.copiedBytes = bytes
+        }
+        if case .string(let reason)? = filter["driver-specific"]?["broken"] {
+            result.breakage = reason
+        }
+        return result
+    }
+
+    // MARK: End
+
+    /// Takes everything down again: export, nodes, temporary file. What is not there is passed over.
+    ///
+    /// - Throws: the first failure; the rest is taken down all the same.
+    public func end() async throws(BlockError) {
+        var failure: BlockError?
+        func attempt(_ command: String, _ arguments: JSONValue) async {
+            do throws(BlockError) {
+                _ = try await executor.execute(command, arguments)
+            } catch { failure = failure ?? error }
+        }
+        guard
+            case .array(let nodes) = try await executor.execute(
+                "query-named-block-nodes", ["flat": true])
+        else { return }
+        let names = Set(
+            nodes.compactMap { node -> String? in
+                if case .string(let name)? = node["node-name"] { return name }
+                return nil
+            })
+        if try await !exportsOfDisk(below: accessName).isEmpty {
+            await attempt("block-export-del", ["id": .string(exportIdentifier), "mode": "hard"])
+        }
+        if names.contains(accessName) {
+            await attempt("blockdev-del", ["node-name": .string(accessName)])
+        }
+        if names.contains(filterName) {
+            for identifier in try await exportsOfDisk(below: filterName) {
+                await attempt(
+                    "blockdev-replace",
+                    [
+                        "parent-type": "export", "export-id": .string(identifier),
+                        "new-child": .string(disk),
+                    ])
+            }
+            await attempt("blockdev-del", ["node-name": .string(filterName)])
+        }
+        if names.contains(temporaryName) {
+            await attempt("blockdev-del", ["node-name": .string(temporaryName)])
+        }
+        if let failure { throw failure }
+    }
+
+    /// Whether a view of the disk is held.
+    public func isActive() async throws(BlockError) -> Bool {
+        guard
+            case .array(let nodes) = try await executor.execute(
+                "query-named-block-nodes", ["flat": true])
+        else { return false }
+        return nodes.contains { $0["node-name"] == .string(filterName) }
+    }
+
+    /// The file of the temporary image, as the daemon knows it.
+    public func knownTemporaryPath() async throws(BlockError) -> String? {
+        guard
+            case .array(let nodes) = try await executor.execute(
+                "query-named-block-nodes", ["flat": true]),
+            case .string(let path)? = nodes.first(where: {
+                $0["node-name"] == .string(temporaryName)
+            })?["file"]
+        else { return nil }
+        return path
+    }
+}
