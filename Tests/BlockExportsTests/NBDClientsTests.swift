@@ -355,6 +355,8 @@ import Testing
                 except nbd.Error:
                     pass
                 """)
+            // What the server says of a client it says before the client is off its list.
+            try await NBDWireTests.untilNobodyIsThere(server)
             let said = server.messages.withLock { $0 }
             #expect(
                 said.contains { $0.contains("not accepted") || $0.contains("refused") }, "\(said)")
