@@ -3,11 +3,14 @@
 
 #if defined(__linux__)
 #include <fcntl.h>
+#include <link.h>
 #include <pthread.h>
 #include <string.h>
 #include <signal.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/signalfd.h>
+#include <unistd.h>
 
 const int linux_open_direct = O_DIRECT;
 const int linux_write_durable = RWF_DSYNC;
@@ -51,5 +54,27 @@ void linux_name_thread(const char *name) {
     strncpy(text, name, sizeof text - 1);
     text[sizeof text - 1] = 0;
     pthread_setname_np(pthread_self(), text);
+}
+
+// Segments of the program file that nobody may write hold nothing but what the file holds: a page that
+// is dropped comes back from the page cache when it is needed.
+static int release_segments(struct dl_phdr_info *object, size_t size, void *context) {
+    (void)size;
+    (void)context;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    for (int index = 0; index < object->dlpi_phnum; index++) {
+        const ElfW(Phdr) *segment = &object->dlpi_phdr[index];
+        if (segment->p_type != PT_LOAD || (segment->p_flags & PF_W) != 0) continue;
+        uintptr_t begin = object->dlpi_addr + segment->p_vaddr;
+        uintptr_t end = begin + segment->p_memsz;
+        begin = (begin + page - 1) & ~(page - 1);
+        end &= ~(page - 1);
+        if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
+    }
+    return 1; // The first object is the program itself.
+}
+
+void linux_release_code_pages(void) {
+    dl_iterate_phdr(release_segments, NULL);
 }
 #endif

@@ -103,6 +103,7 @@ struct ServeCommand: ParsableCommand {
             }
             try server.add(export)
             server.listen(on: try Listener(on: try address(), thread: session.thread))
+            CodePages.release(after: 1, on: session.thread)
             let signals = try SignalSource([SIGINT, SIGTERM, SIGHUP], on: session.thread)
             if !persistent { server.lastClientLeft = { signals.cancel() } }
             _ = await signals.next()

@@ -19,6 +19,9 @@ int linux_eventfd(void);                  // close-on-exec
 int linux_signal_descriptor(const int *signals, int count); // signalfd, non-blocking, close-on-exec
 void linux_name_thread(const char *name); // of the caller, 15 bytes at most
 
+// Drops the calling program's resident pages of code and constants; see CodePages.swift.
+void linux_release_code_pages(void);
+
 // Flags for send and recv.
 extern const int linux_dont_wait;         // MSG_DONTWAIT
 extern const int linux_no_signal;         // MSG_NOSIGNAL
