@@ -79,6 +79,7 @@ let package = Package(
         tests("BlockGraph"),
         tests("BlockFilters", ["BlockProtocols", "BlockFormats"]),
         tests("BlockTLS"),
+        tests("StorageDaemon"),
         tests("BlockExports", ["BlockProtocols", "BlockFormats"]),
         tests("BlockTesting", ["BlockProtocols", "BlockFormats", "BlockFilters"]),
     ]

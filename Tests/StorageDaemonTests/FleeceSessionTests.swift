@@ -1,0 +1,188 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import QMP
+import Testing
+
+@testable import StorageDaemon
+
+#if canImport(Glibc)
+import Glibc
+#endif
+
+/// A daemon in this process with one exported disk of 1 MiB.
+final class TestDaemon: @unchecked Sendable {
+    let daemon: StorageDaemon
+    let folder: String
+    static let size = 1 << 20
+
+    static func run<T: Sendable>(
+        _ body: @escaping @Sendable (TestDaemon) async throws(BlockError) -> T
+    ) async throws -> T {
+        let folder = "/tmp/merino-daemon-\(getpid())-\(UInt64.random(in: 0 ... .max))"
+        mkdir(folder, 0o700)
+        defer {
+            for name in ["disk", "temp", "nbd.sock"] { unlink("\(folder)/\(name)") }
+            rmdir(folder)
+        }
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        return try await thread.run { () async throws(BlockError) -> T in
+            let test = try await TestDaemon(thread, folder)
+            do throws(BlockError) {
+                let result = try await body(test)
+                try await test.daemon.close()
+                return result
+            } catch {
+                try? await test.daemon.close()
+                throw error
+            }
+        }
+    }
+
+    private init(_ thread: IOThread, _ folder: String) async throws(BlockError) {
+        self.folder = folder
+        daemon = StorageDaemon(on: thread)
+        let file = try await File.open(
+            "\(folder)/disk", FileOptions(writable: true, create: true), on: thread)
+        let data = try IOVector(allocating: Self.size)
+        data.fill(0x11)
+        try await file.write(data, at: 0)
+        await file.close()
+        _ = try await daemon.execute(
+            "nbd-server-start",
+            ["addr": ["type": "unix", "data": ["path": .string("\(folder)/nbd.sock")]]])
+        _ = try await daemon.execute(
+            "blockdev-add",
+            [
+                "driver": "raw", "node-name": "disk", "discard": "unmap",
+                "file": ["driver": "file", "filename": .string("\(folder)/disk")],
+            ])
+        _ = try await daemon.execute(
+            "block-export-add",
+            ["type": "nbd", "id": "guest", "node-name": "disk", "writable": true])
+    }
+
+    var session: FleeceSession {
+        FleeceSession(
+            of: "disk", exportName: nil, temporaryPath: "\(folder)/temp", executor: daemon)
+    }
+
+    /// What the guest's export would do for a client.
+    func guestWrite(_ offset: Int, _ count: Int, _ value: UInt8) async throws(BlockError) {
+        guard let edge = daemon.exports.first(where: { $0.identifier == "guest" })?.export.edge
+        else {
+            throw BlockError(.notFound, "no guest export")
+        }
+        let data = try IOVector(allocating: count)
+        data.fill(value)
+        try await edge.write(offset, from: data)
+    }
+
+    func read(_ nodeName: String) async throws(BlockError) -> Set<UInt8> {
+        let node = try daemon.graph.requireNode(named: nodeName)
+        let edge = try daemon.graph.attach(NamedUser("reader"), to: node, .read)
+        let data = try IOVector(allocating: Self.size)
+        try await edge.read(0, into: data)
+        try await daemon.graph.detach(edge)
+        return Set(data.array)
+    }
+
+    func nodeNames() -> Set<String> {
+        Set(daemon.graph.nodes.map(\.name).filter { !$0.hasPrefix("#") })
+    }
+}
+
+@Suite struct FleeceSessionTests {
+    @Test func theFrozenViewStaysWhileTheGuestWrites() async throws {
+        let seen = try await TestDaemon.run { test throws(BlockError) in
+            let session = test.session
+            try await session.begin(.init())
+            try await test.guestWrite(0, TestDaemon.size, 0x22)
+            let frozen = try await test.read("fleece-disk-frozen")
+            let copied = try await session.progress().copiedBytes
+            try await session.end()
+            let live = try await test.read("disk")
+            return (frozen, copied, live, test.nodeNames())
+        }
+        #expect(seen.0 == [0x11])
+        #expect(seen.1 == TestDaemon.size)
+        #expect(seen.2 == [0x22])
+        #expect(seen.3 == ["disk"])
+    }
+
+    @Test func aFailedSetUpLeavesNothingBehind() async throws {
+        let result = try await TestDaemon.run { test throws(BlockError) in
+            // The name of the frozen export is taken: the last step fails.
+            let session = FleeceSession(
+                of: "disk", exportName: "disk", temporaryPath: "\(test.folder)/temp",
+                executor: test.daemon)
+            var message = ""
+            do throws(BlockError) { try await session.begin(.init()) } catch {
+                message = error.description
+            }
+            try await test.guestWrite(0, 4096, 0x33)
+            return (message, test.nodeNames())
+        }
+        #expect(result.0.contains("already"))
+        #expect(result.1 == ["disk"])
+    }
+
+    @Test func anUnknownDiskNamesThoseThereAre() async throws {
+        let remedy = try await TestDaemon.run { test throws(BlockError) in
+            let session = FleeceSession(
+                of: "dsik", exportName: nil, temporaryPath: "\(test.folder)/temp",
+                executor: test.daemon)
+            do throws(BlockError) { try await session.begin(.init()) } catch {
+                return error.remedy ?? ""
+            }
+            return "begun"
+        }
+        #expect(remedy.contains("disk"))
+    }
+
+    @Test func anotherProcessCanEndTheView() async throws {
+        let names = try await TestDaemon.run { test throws(BlockError) in
+            try await test.session.begin(.init())
+            // A session made anew knows everything from the disk's name.
+            let other = test.session
+            #expect(try await other.isActive())
+            #expect(try await other.knownTemporaryPath() == "\(test.folder)/temp")
+            try await other.end()
+            #expect(try await !other.isActive())
+            return test.nodeNames()
+        }
+        #expect(names == ["disk"])
+    }
+
+    @Test func aTransactionThatFailsHalfWayUndoesWhatItDid() async throws {
+        let result = try await TestDaemon.run { test throws(BlockError) in
+            var failed = false
+            do throws(BlockError) {
+                _ = try await test.daemon.execute(
+                    "transaction",
+                    [
+                        "actions": [
+                            [
+                                "type": "blockdev-add",
+                                "data": ["driver": "raw", "node-name": "top", "file": "disk"],
+                            ],
+                            [
+                                "type": "blockdev-replace",
+                                "data": [
+                                    "parent-type": "export", "export-id": "guest",
+                                    "new-child": "top",
+                                ],
+                            ], ["type": "abort", "data": [:]],
+                        ]
+                    ])
+            } catch { failed = true }
+            let below = test.daemon.exports.first?.export.edge?.node.name
+            try await test.guestWrite(0, 4096, 1)
+            return (failed, below, test.nodeNames())
+        }
+        #expect(result.0)
+        #expect(result.1 == "disk")
+        #expect(result.2 == ["disk"])
+    }
+}
