@@ -63,7 +63,10 @@ let package = Package(
         // What people drive it with.
         box(
             "StorageDaemon",
-            ["BlockExports", "BlockProtocols", "BlockFormats", "BlockFilters"]),
+            [
+                "BlockExports", "BlockProtocols", "BlockFormats", "BlockFilters",
+                .target(name: "CLinux", condition: .when(platforms: [.linux])),
+            ]),
         box("ImageTools", ["BlockProtocols", "BlockFormats", "BlockFilters"]),
         .executableTarget(
             name: "merino",
@@ -74,6 +77,7 @@ let package = Package(
             swiftSettings: settings),
 
         tests("BlockCore"),
+        tests("QMP"),
         tests("BlockIO"),
         tests("NBDProtocol"),
         tests("BlockGraph"),

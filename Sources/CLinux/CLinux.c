@@ -49,6 +49,10 @@ int linux_signal_descriptor(const int *signals, int count) {
     return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
+int linux_fork(void) {
+    return fork();
+}
+
 void linux_name_thread(const char *name) {
     char text[16];
     strncpy(text, name, sizeof text - 1);

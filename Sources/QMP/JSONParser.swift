@@ -1,259 +1,271 @@
 import BlockCore
 
-/// Parses one JSON document, bounded in depth, size and number of values (``Limits``).
+/// Parses one JSON document (RFC 8259), bounded and without recursion.
 ///
-/// Takes what QMP clients send: RFC 8259, and strings in single quotes. Without recursion, so that
-/// deep input costs memory in proportion to its length and never the stack.
+/// As QMP clients may, it also accepts strings in single quotes. Refused are: invalid UTF-8, lone
+/// surrogates, a zero byte in a string (it would end a path early), duplicate keys, and what exceeds
+/// the limits of bytes, depth and number of values.
 public struct JSONParser {
     private let bytes: [UInt8]
     private var position = 0
     private var valueCount = 0
+    private var stack: [Frame] = []
 
-    /// - Throws: `invalidArgument` naming the byte where the text is no JSON, or the limit it breaks.
-    public static func parse(_ bytes: [UInt8]) throws(BlockError) -> JSONValue {
-        guard bytes.count <= Limits.jsonBytesMax else {
-            throw BlockError(
-                .exhausted, "a JSON document is longer than \(Limits.jsonBytesMax) bytes")
-        }
-        var parser = JSONParser(bytes: bytes)
-        let value = try parser.document()
-        parser.skipSpace()
-        guard parser.position == bytes.count else { throw parser.failure("more follows the value") }
-        return value
+    /// A container whose end has not come yet.
+    private struct Frame {
+        let isArray: Bool
+        var items: [JSONValue] = []
+        var object = JSONObject()
+        var key = ""
+
+        var value: JSONValue { isArray ? .array(items) : .object(object) }
     }
 
-    public static func parse(_ text: String) throws(BlockError) -> JSONValue {
-        try parse(Array(text.utf8))
-    }
-
-    private init(bytes: [UInt8]) {
+    private init(_ bytes: [UInt8]) {
         self.bytes = bytes
     }
 
-    /// A container that is being filled.
-    private enum Open {
-        case array([JSONValue])
-        case object(JSONObject, key: String)
+    /// - Throws: `invalidArgument`, with the place in bytes.
+    public static func parse(_ text: some StringProtocol) throws(BlockError) -> JSONValue {
+        try parse(Array(text.utf8))
     }
+
+    /// - Throws: `invalidArgument`, with the place in bytes.
+    public static func parse(_ bytes: [UInt8]) throws(BlockError) -> JSONValue {
+        guard bytes.count <= Limits.jsonBytesMax else {
+            throw BlockError(
+                .invalidArgument, "the JSON text is longer than \(Limits.jsonBytesMax) bytes")
+        }
+        var parser = JSONParser(bytes)
+        let value = try parser.document()
+        parser.skipSpace()
+        guard parser.position == bytes.count else { throw parser.failure("expected the end") }
+        return value
+    }
+
+    // MARK: Structure
 
     private mutating func document() throws(BlockError) -> JSONValue {
-        var stack: [Open] = []
         while true {
-            skipSpace()
-            var value: JSONValue
-            switch try peek() {
-            case UInt8(ascii: "["):
-                position += 1
-                skipSpace()
-                if try peek() != UInt8(ascii: "]") {
-                    try push(.array([]), to: &stack)
-                    continue
-                }
-                position += 1
-                value = .array([])
-            case UInt8(ascii: "{"):
-                position += 1
-                skipSpace()
-                if try peek() != UInt8(ascii: "}") {
-                    try push(.object(JSONObject(), key: try key()), to: &stack)
-                    continue
-                }
-                position += 1
-                value = .object(JSONObject())
-            default:
-                value = try scalar()
-            }
-            try count()
-            // Into its container, and out of those that it ends.
+            guard var value = try valueOrOpening() else { continue }
+            // The value goes into its container, which may end with it.
             while true {
-                guard let open = stack.popLast() else { return value }
-                guard let finished = try add(value, to: open, &stack) else { break }
-                value = finished
+                guard !stack.isEmpty else { return value }
+                store(value)
+                guard let closed = try separatorOrClosing() else { break }
+                value = closed
             }
         }
     }
 
-    private mutating func push(_ open: Open, to stack: inout [Open]) throws(BlockError) {
-        guard stack.count < Limits.jsonDepthMax else {
-            throw BlockError(.exhausted, "JSON nests deeper than \(Limits.jsonDepthMax)")
-        }
-        stack.append(open)
-    }
-
-    private mutating func count() throws(BlockError) {
+    /// - Returns: a whole value, or `nil` when a container began that is not empty.
+    private mutating func valueOrOpening() throws(BlockError) -> JSONValue? {
+        skipSpace()
         valueCount += 1
         guard valueCount <= Limits.jsonValueCountMax else {
-            throw BlockError(.exhausted, "JSON has more than \(Limits.jsonValueCountMax) values")
+            throw failure("more than \(Limits.jsonValueCountMax) values")
         }
-    }
-
-    /// - Returns: the container, when the value was its last.
-    private mutating func add(
-        _ value: JSONValue, to open: Open, _ stack: inout [Open]
-    ) throws(BlockError) -> JSONValue? {
-        skipSpace()
-        let next = try take()
-        switch open {
-        case .array(var values):
-            values.append(value)
-            if next == UInt8(ascii: "]") { return .array(values) }
-            guard next == UInt8(ascii: ",") else { throw failure("expected ',' or ']'") }
-            stack.append(.array(values))
-        case .object(var object, let key):
-            guard object[key] == nil else { throw failure("the key '\(key)' stands twice") }
-            object[key] = value
-            if next == UInt8(ascii: "}") { return .object(object) }
-            guard next == UInt8(ascii: ",") else { throw failure("expected ',' or '}'") }
+        guard let byte = peek else { throw failure("expected a value, not the end") }
+        switch byte {
+        case UInt8(ascii: "{"), UInt8(ascii: "["):
+            guard stack.count < Limits.jsonDepthMax else {
+                throw failure("nested deeper than \(Limits.jsonDepthMax)")
+            }
+            position += 1
+            let isArray = byte == UInt8(ascii: "[")
             skipSpace()
-            stack.append(.object(object, key: try self.key()))
+            if peek == (isArray ? UInt8(ascii: "]") : UInt8(ascii: "}")) {
+                position += 1
+                return isArray ? [] : [:]
+            }
+            stack.append(Frame(isArray: isArray))
+            if !isArray { try key() }
+            return nil
+        case UInt8(ascii: "\""), UInt8(ascii: "'"):
+            return .string(try string())
+        case UInt8(ascii: "-"), UInt8(ascii: "0")...UInt8(ascii: "9"):
+            return try number()
+        default:
+            return try keyword()
         }
-        return nil
     }
 
-    private mutating func key() throws(BlockError) -> String {
-        let quote = try peek()
-        guard quote == UInt8(ascii: "\"") || quote == UInt8(ascii: "'") else {
+    private mutating func store(_ value: JSONValue) {
+        let top = stack.count - 1
+        if stack[top].isArray {
+            stack[top].items.append(value)
+        } else {
+            stack[top].object[stack[top].key] = value
+        }
+    }
+
+    /// - Returns: the container that ends here, or `nil` when another member follows.
+    private mutating func separatorOrClosing() throws(BlockError) -> JSONValue? {
+        skipSpace()
+        let isArray = stack[stack.count - 1].isArray
+        switch peek {
+        case UInt8(ascii: ","):
+            position += 1
+            if !isArray { try key() }
+            return nil
+        case UInt8(ascii: "]") where isArray, UInt8(ascii: "}") where !isArray:
+            position += 1
+            return stack.removeLast().value
+        default:
+            throw failure("expected ',' or '\(isArray ? "]" : "}")'")
+        }
+    }
+
+    private mutating func key() throws(BlockError) {
+        skipSpace()
+        guard peek == UInt8(ascii: "\"") || peek == UInt8(ascii: "'") else {
             throw failure("expected a key in quotes")
         }
         let key = try string()
+        guard stack[stack.count - 1].object[key] == nil else {
+            throw failure("duplicate key '\(key)'")
+        }
+        stack[stack.count - 1].key = key
         skipSpace()
-        guard try take() == UInt8(ascii: ":") else { throw failure("expected ':'") }
-        return key
+        guard peek == UInt8(ascii: ":") else { throw failure("expected ':'") }
+        position += 1
     }
 
-    private mutating func scalar() throws(BlockError) -> JSONValue {
-        switch try peek() {
-        case UInt8(ascii: "\""), UInt8(ascii: "'"): return .string(try string())
-        case UInt8(ascii: "-"), UInt8(ascii: "0")...UInt8(ascii: "9"): return try number()
+    // MARK: Scalars
+
+    private mutating func keyword() throws(BlockError) -> JSONValue {
+        let start = position
+        while let byte = peek, byte >= UInt8(ascii: "a"), byte <= UInt8(ascii: "z") {
+            position += 1
+        }
+        switch String(decoding: bytes[start..<position].prefix(8), as: UTF8.self) {
+        case "true": return true
+        case "false": return false
+        case "null": return nil
         default:
-            for (word, value) in [
-                ("null", JSONValue.null), ("true", .bool(true)), ("false", .bool(false)),
-            ] where bytes[position...].starts(with: word.utf8) {
-                position += word.utf8.count
-                return value
-            }
+            position = start
             throw failure("expected a value")
         }
     }
 
     private mutating func number() throws(BlockError) -> JSONValue {
         let start = position
-        func isDigit(_ byte: UInt8) -> Bool { byte >= 0x30 && byte <= 0x39 }
-        func digits() -> Int {
-            let first = position
-            while position < bytes.count, isDigit(bytes[position]) { position += 1 }
-            return position - first
-        }
-        if bytes[position] == UInt8(ascii: "-") { position += 1 }
-        let leading = position
-        let whole = digits()
-        guard whole > 0, whole == 1 || bytes[leading] != 0x30 else {
-            throw failure("a number is malformed")
+        if peek == UInt8(ascii: "-") { position += 1 }
+        let hasLeadingZero = peek == UInt8(ascii: "0")
+        let wholeDigits = skipDigits()
+        guard wholeDigits > 0, !hasLeadingZero || wholeDigits == 1 else {
+            throw failure("invalid number")
         }
         var isWhole = true
-        if position < bytes.count, bytes[position] == UInt8(ascii: ".") {
+        if peek == UInt8(ascii: ".") {
             isWhole = false
             position += 1
-            guard digits() > 0 else { throw failure("a number is malformed") }
+            guard skipDigits() > 0 else { throw failure("invalid number") }
         }
-        if position < bytes.count, bytes[position] | 0x20 == UInt8(ascii: "e") {
+        if peek == UInt8(ascii: "e") || peek == UInt8(ascii: "E") {
             isWhole = false
             position += 1
-            if position < bytes.count,
-                bytes[position] == UInt8(ascii: "+") || bytes[position] == UInt8(ascii: "-")
-            {
-                position += 1
-            }
-            guard digits() > 0 else { throw failure("a number is malformed") }
+            if peek == UInt8(ascii: "+") || peek == UInt8(ascii: "-") { position += 1 }
+            guard skipDigits() > 0 else { throw failure("invalid number") }
         }
         let text = String(decoding: bytes[start..<position], as: UTF8.self)
         if isWhole {
             if let value = Int(text) { return .integer(value) }
             if let value = UInt64(text) { return .unsigned(value) }
         }
-        guard let value = Double(text), value.isFinite else {
-            throw failure("a number is too large")
-        }
+        guard let value = Double(text), value.isFinite else { throw failure("number too large") }
         return .double(value)
     }
 
+    private mutating func skipDigits() -> Int {
+        let start = position
+        while let byte = peek, byte >= UInt8(ascii: "0"), byte <= UInt8(ascii: "9") {
+            position += 1
+        }
+        return position - start
+    }
+
     private mutating func string() throws(BlockError) -> String {
-        let quote = try take()
-        var result: [UInt8] = []
+        let quote = bytes[position]
+        position += 1
+        var content: [UInt8] = []
         while true {
-            let byte = try take()
-            if byte == quote { break }
-            if byte < 0x20 { throw failure("a control character stands in a string") }
-            guard byte == UInt8(ascii: "\\") else {
-                result.append(byte)
-                continue
-            }
-            let escape = try take()
-            switch escape {
-            case UInt8(ascii: "\""), UInt8(ascii: "'"), UInt8(ascii: "\\"), UInt8(ascii: "/"):
-                result.append(escape)
-            case UInt8(ascii: "b"): result.append(8)
-            case UInt8(ascii: "f"): result.append(12)
-            case UInt8(ascii: "n"): result.append(10)
-            case UInt8(ascii: "r"): result.append(13)
-            case UInt8(ascii: "t"): result.append(9)
-            case UInt8(ascii: "u"): result.append(contentsOf: Array(try unicode().utf8))
-            default: throw failure("an escape is unknown")
+            guard let byte = peek else { throw failure("the string has no end") }
+            switch byte {
+            case quote:
+                position += 1
+                guard let text = String(validating: content, as: UTF8.self) else {
+                    throw failure("the string is not valid UTF-8")
+                }
+                return text
+            case UInt8(ascii: "\\"):
+                position += 1
+                try escape(into: &content)
+            case 0..<0x20:
+                throw failure("control character in a string")
+            default:
+                content.append(byte)
+                position += 1
             }
         }
-        guard let text = String(validating: result, as: UTF8.self) else {
-            throw failure("a string is not UTF-8")
-        }
-        return text
     }
 
-    private mutating func unicode() throws(BlockError) -> String {
-        let first = try hexadecimal()
-        var scalar = UInt32(first)
-        if first >= 0xd800, first < 0xdc00 {
-            guard try take() == UInt8(ascii: "\\"), try take() == UInt8(ascii: "u") else {
-                throw failure("half of a surrogate pair is missing")
-            }
-            let second = try hexadecimal()
-            guard second >= 0xdc00, second < 0xe000 else {
-                throw failure("a surrogate pair is malformed")
-            }
-            scalar = 0x10000 + (UInt32(first) - 0xd800) << 10 + (UInt32(second) - 0xdc00)
+    private mutating func escape(into content: inout [UInt8]) throws(BlockError) {
+        guard let byte = peek else { throw failure("the string has no end") }
+        position += 1
+        switch byte {
+        case UInt8(ascii: "\""), UInt8(ascii: "'"), UInt8(ascii: "\\"), UInt8(ascii: "/"):
+            content.append(byte)
+        case UInt8(ascii: "b"): content.append(0x08)
+        case UInt8(ascii: "f"): content.append(0x0c)
+        case UInt8(ascii: "n"): content.append(0x0a)
+        case UInt8(ascii: "r"): content.append(0x0d)
+        case UInt8(ascii: "t"): content.append(0x09)
+        case UInt8(ascii: "u"): try unicodeEscape(into: &content)
+        default: throw failure("invalid escape in a string")
         }
-        guard let value = Unicode.Scalar(scalar) else { throw failure("a surrogate stands alone") }
-        return String(Character(value))
     }
 
-    private mutating func hexadecimal() throws(BlockError) -> UInt16 {
-        var value: UInt16 = 0
-        for _ in 0..<4 {
-            let byte = try take()
-            guard let digit = Character(Unicode.Scalar(byte)).hexDigitValue else {
-                throw failure("an escape is malformed")
-            }
-            value = value << 4 | UInt16(digit)
+    private mutating func unicodeEscape(into content: inout [UInt8]) throws(BlockError) {
+        var code = try fourHexDigits()
+        if code & 0xfc00 == 0xd800 {
+            guard peek == UInt8(ascii: "\\"), position + 1 < bytes.count,
+                bytes[position + 1] == UInt8(ascii: "u")
+            else { throw failure("lone surrogate in a string") }
+            position += 2
+            let low = try fourHexDigits()
+            guard low & 0xfc00 == 0xdc00 else { throw failure("lone surrogate in a string") }
+            code = 0x1_0000 + (code & 0x3ff) << 10 + (low & 0x3ff)
         }
-        return value
+        guard code != 0 else { throw failure("a string cannot hold a zero byte") }
+        guard let scalar = Unicode.Scalar(code) else {
+            throw failure("lone surrogate in a string")
+        }
+        content.append(contentsOf: Array(String(Character(scalar)).utf8))
     }
+
+    private mutating func fourHexDigits() throws(BlockError) -> UInt32 {
+        guard bytes.count - position >= 4,
+            bytes[position..<(position + 4)].allSatisfy({ Character(Unicode.Scalar($0)).isHexDigit }
+            ),
+            let code = UInt32(
+                String(decoding: bytes[position..<(position + 4)], as: UTF8.self), radix: 16)
+        else { throw failure("invalid \\u escape in a string") }
+        position += 4
+        return code
+    }
+
+    // MARK: Bytes
+
+    private var peek: UInt8? { position < bytes.count ? bytes[position] : nil }
 
     private mutating func skipSpace() {
-        while position < bytes.count, [0x20, 0x09, 0x0a, 0x0d].contains(bytes[position]) {
+        while let byte = peek, byte == 0x20 || (byte >= 0x09 && byte <= 0x0d && byte != 0x0b) {
             position += 1
         }
     }
 
-    private func peek() throws(BlockError) -> UInt8 {
-        guard position < bytes.count else { throw failure("the text ends too early") }
-        return bytes[position]
-    }
-
-    private mutating func take() throws(BlockError) -> UInt8 {
-        let byte = try peek()
-        position += 1
-        return byte
-    }
-
-    private func failure(_ what: String) -> BlockError {
-        BlockError(.invalidArgument, "JSON parse error at byte \(position): \(what)")
+    private func failure(_ reason: String) -> BlockError {
+        BlockError(.invalidArgument, "JSON parse error at byte \(position): \(reason)")
     }
 }

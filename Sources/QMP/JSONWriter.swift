@@ -1,63 +1,102 @@
+/// Writes JSON the way QEMU does: ASCII only, `", "` and `": "` between, keys in their order.
 extension JSONValue {
-    /// The value as text: on one line, or indented by four spaces a level.
+    /// The value as JSON text, without a final newline.
+    ///
+    /// - Parameter pretty: a line for each member, indented by four spaces a level.
     public func text(pretty: Bool = false) -> String {
-        var result = ""
-        write(to: &result, pretty: pretty, level: 0)
-        return result
+        var writer = JSONWriter(isPretty: pretty)
+        writer.write(self, depth: 0)
+        return String(decoding: writer.output, as: UTF8.self)
     }
 
-    private func write(to result: inout String, pretty: Bool, level: Int) {
-        switch self {
-        case .null: result += "null"
-        case .bool(let value): result += value ? "true" : "false"
-        case .integer(let value): result += String(value)
-        case .unsigned(let value): result += String(value)
-        case .double(let value): result += value.isFinite ? String(value) : "null"
-        case .string(let value): Self.quote(value, to: &result)
+    /// ``text(pretty:)`` as bytes, with CR LF behind it, as QMP ends its messages.
+    public func line(pretty: Bool = false) -> [UInt8] {
+        var writer = JSONWriter(isPretty: pretty)
+        writer.write(self, depth: 0)
+        return writer.output + [0x0d, 0x0a]
+    }
+}
+
+/// Recursion is as deep as the value: parsed ones are bounded, made ones are shallow.
+private struct JSONWriter {
+    let isPretty: Bool
+    var output: [UInt8] = []
+
+    init(isPretty: Bool) {
+        self.isPretty = isPretty
+    }
+
+    mutating func write(_ value: JSONValue, depth: Int) {
+        switch value {
+        case .null: append("null")
+        case .bool(let value): append(value ? "true" : "false")
+        case .integer(let value): append(String(value))
+        case .unsigned(let value): append(String(value))
+        // JSON has no infinity and no NaN.
+        case .double(let value): append(value.isFinite ? "\(value)" : "null")
+        case .string(let text): write(text)
         case .array(let values):
-            Self.container("[", "]", count: values.count, to: &result, pretty, level) {
-                index, result in
-                values[index].write(to: &result, pretty: pretty, level: level + 1)
+            append("[")
+            for (index, value) in values.enumerated() {
+                separate(index, depth + 1)
+                write(value, depth: depth + 1)
             }
+            close("]", depth)
         case .object(let object):
-            Self.container("{", "}", count: object.count, to: &result, pretty, level) {
-                index, result in
-                Self.quote(object.members[index].key, to: &result)
-                result += ": "
-                object.members[index].value.write(to: &result, pretty: pretty, level: level + 1)
+            append("{")
+            for (index, member) in object.members.enumerated() {
+                separate(index, depth + 1)
+                write(member.key)
+                append(": ")
+                write(member.value, depth: depth + 1)
             }
+            close("}", depth)
         }
     }
 
-    private static func container(
-        _ open: String, _ close: String, count: Int, to result: inout String, _ pretty: Bool,
-        _ level: Int, _ member: (Int, inout String) -> Void
-    ) {
-        result += open
-        for index in 0..<count {
-            if index > 0 { result += pretty ? "," : ", " }
-            if pretty { result += "\n" + String(repeating: "    ", count: level + 1) }
-            member(index, &result)
-        }
-        if pretty, count > 0 { result += "\n" + String(repeating: "    ", count: level) }
-        result += close
+    private mutating func separate(_ index: Int, _ depth: Int) {
+        if index > 0 { append(isPretty ? "," : ", ") }
+        if isPretty { newline(depth) }
     }
 
-    private static func quote(_ text: String, to result: inout String) {
-        result += "\""
+    private mutating func close(_ bracket: String, _ depth: Int) {
+        if isPretty { newline(depth) }
+        append(bracket)
+    }
+
+    private mutating func newline(_ depth: Int) {
+        output.append(0x0a)
+        output.append(contentsOf: repeatElement(0x20, count: 4 * depth))
+    }
+
+    private mutating func write(_ text: String) {
+        append("\"")
         for scalar in text.unicodeScalars {
             switch scalar {
-            case "\"": result += "\\\""
-            case "\\": result += "\\\\"
-            case "\n": result += "\\n"
-            case "\r": result += "\\r"
-            case "\t": result += "\\t"
-            case _ where scalar.value < 0x20 || scalar.value == 0x7f:
-                let digits = String(scalar.value, radix: 16)
-                result += "\\u" + String(repeating: "0", count: 4 - digits.count) + digits
-            default: result.unicodeScalars.append(scalar)
+            case "\"": append("\\\"")
+            case "\\": append("\\\\")
+            case "\u{8}": append("\\b")
+            case "\u{c}": append("\\f")
+            case "\n": append("\\n")
+            case "\r": append("\\r")
+            case "\t": append("\\t")
+            default:
+                if scalar.value >= 0x20, scalar.value < 0x7f {
+                    output.append(UInt8(truncatingIfNeeded: scalar.value))
+                } else {
+                    for unit in String(Character(scalar)).utf16 { escape(unit) }
+                }
             }
         }
-        result += "\""
+        append("\"")
+    }
+
+    private mutating func escape(_ unit: UInt16) {
+        let digits = String(unit, radix: 16, uppercase: true)
+        append("\\u" + String(repeating: "0", count: 4 - digits.count) + digits)
+    }
+
+    private mutating func append(_ text: String) {
+        output.append(contentsOf: text.utf8)
     }
 }

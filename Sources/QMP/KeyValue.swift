@@ -1,116 +1,158 @@
 import BlockCore
 
-/// Options as command lines give them: `driver=qcow2,file.driver=file,file.filename=a,,b`.
+/// Turns option text of a command line into a JSON object with strings at its leaves.
 ///
-/// A dot goes a level deeper, a number names a place in a list, two commas stand for one. Values are
-/// strings; ``OptionReader`` takes them for what they spell.
-public enum KeyValue {
-    /// Parses options, or JSON when the text begins with `{`.
-    ///
-    /// - Parameter impliedKey: what a first part without `=` is the value of.
-    /// - Throws: `invalidArgument` saying which part is wrong.
+/// `driver=qcow2,file.filename=a,,b,children.0=x`: dots nest, whole numbers between dots are places
+/// in a list, `,,` stands for a comma in a value. Text that begins with `{` is JSON.
+public struct KeyValue {
+    /// - Parameters:
+    ///   - impliedKey: the key of a first part that has none, as in `socket,id=x`.
+    ///   - allowsFlags: a later part without `=` is switched on, or off where it begins with `no`.
+    /// - Throws: `invalidArgument` for what is neither, an option that is a value and a group, gaps in a list.
     public static func parse(
-        _ text: String, impliedKey: String? = nil
+        _ text: String, impliedKey: String? = nil, allowsFlags: Bool = false
     ) throws(BlockError) -> JSONValue {
-        if text.utf8.first == UInt8(ascii: "{") { return try JSONParser.parse(text) }
-        var root = Tree.branch([])
-        for (index, part) in parts(of: text).enumerated() {
-            var key: Substring
-            var value: Substring
-            if let equals = part.firstIndex(of: "=") {
-                key = part[..<equals]
-                value = part[part.index(after: equals)...]
-            } else if index == 0, let impliedKey, !part.isEmpty {
-                key = impliedKey[...]
-                value = part[...]
-            } else {
-                throw BlockError(
-                    .invalidArgument, "expected 'key=value', not '\(part)', in '\(text)'")
-            }
-            let path = key.split(separator: ".", omittingEmptySubsequences: false).map(String.init)
-            guard !path.contains(""), path.count <= Limits.jsonDepthMax else {
-                throw BlockError(.invalidArgument, "'\(key)' is no option name, in '\(text)'")
-            }
-            try root.insert(String(value), at: path[...], in: String(key))
+        if text.first == "{" { return try JSONParser.parse(text) }
+        guard text.utf8.count <= Limits.jsonBytesMax else {
+            throw BlockError(.invalidArgument, "the options are too long")
         }
-        return try root.value(text)
+        guard !text.utf8.contains(0) else {
+            throw BlockError(.invalidArgument, "options cannot hold a zero byte")
+        }
+        let root = Branch()
+        var valueCount = 0
+        for (index, part) in parts(of: text).enumerated() {
+            valueCount += 1
+            guard valueCount <= Limits.jsonValueCountMax else {
+                throw BlockError(.invalidArgument, "too many options")
+            }
+            let (key, value) = try split(
+                part, impliedKey: index == 0 ? impliedKey : nil, allowsFlags: allowsFlags)
+            try root.insert(value, at: key)
+        }
+        return try root.value(path: "")
     }
 
-    /// Splits at single commas; two stand for one.
+    /// The parts between single commas, double ones made single.
     private static func parts(of text: String) -> [String] {
-        if text.isEmpty { return [] }
-        var result = [""]
-        var characters = text.unicodeScalars.makeIterator()
-        var next = characters.next()
-        while let character = next {
-            next = characters.next()
-            if character == "," {
-                if next == "," {
-                    result[result.count - 1] += ","
-                    next = characters.next()
+        var result: [String] = []
+        var current: [UInt8] = []
+        let bytes = Array(text.utf8)
+        var index = 0
+        while index < bytes.count {
+            if bytes[index] == UInt8(ascii: ",") {
+                if index + 1 < bytes.count, bytes[index + 1] == UInt8(ascii: ",") {
+                    index += 1
                 } else {
-                    result.append("")
+                    result.append(String(decoding: current, as: UTF8.self))
+                    current = []
+                    index += 1
+                    continue
                 }
-                continue
             }
-            result[result.count - 1].unicodeScalars.append(character)
+            current.append(bytes[index])
+            index += 1
         }
-        // A comma at the end separates nothing.
-        if result.last == "" { result.removeLast() }
+        // A comma may end the text.
+        if !current.isEmpty { result.append(String(decoding: current, as: UTF8.self)) }
         return result
     }
 
-    private indirect enum Tree {
-        case leaf(String)
-        case branch([(key: String, tree: Tree)])
+    private static func split(
+        _ part: String, impliedKey: String?, allowsFlags: Bool
+    ) throws(BlockError) -> (key: String, value: String) {
+        if let equals = part.utf8.firstIndex(of: UInt8(ascii: "=")) {
+            return (String(part[..<equals]), String(part[part.utf8.index(after: equals)...]))
+        }
+        if let impliedKey, !part.isEmpty { return (impliedKey, part) }
+        guard !part.isEmpty else {
+            throw BlockError(.invalidArgument, "an option is missing between two commas")
+        }
+        guard allowsFlags else {
+            throw BlockError(
+                .invalidArgument, "option '\(part)' has no value", remedy: "write \(part)=VALUE")
+        }
+        if part.hasPrefix("no"), part.utf8.count > 2 { return (String(part.dropFirst(2)), "off") }
+        return (part, "on")
+    }
 
-        mutating func insert(
-            _ text: String, at path: ArraySlice<String>, in key: String
-        ) throws(BlockError) {
-            guard case .branch(var members) = self, let first = path.first else {
-                throw BlockError(
-                    .invalidArgument, "option '\(key)' is given as a value and as a group")
+    /// A value or an object while its members arrive.
+    private final class Branch {
+        var leaf: String?
+        var members: [(key: String, branch: Branch)] = []
+        var index: [String: Int] = [:]
+
+        func insert(_ value: String, at path: String) throws(BlockError) {
+            let names = path.split(separator: ".", omittingEmptySubsequences: false)
+            guard names.count <= Limits.jsonDepthMax else {
+                throw BlockError(.invalidArgument, "option '\(path)' is nested too deep")
             }
-            let rest = path.dropFirst()
-            let index = members.firstIndex { $0.key == first }
-            if rest.isEmpty {
-                if let index {
-                    // The last one counts, as everywhere on command lines.
-                    guard case .leaf = members[index].tree else {
-                        throw BlockError(
-                            .invalidArgument, "option '\(key)' is given as a value and as a group")
-                    }
-                    members[index].tree = .leaf(text)
-                } else {
-                    members.append((first, .leaf(text)))
+            var branch = self
+            for name in names {
+                guard KeyValue.isName(name) else {
+                    throw BlockError(.invalidArgument, "'\(path)' is no name of an option")
                 }
-            } else {
-                var child = index.map { members[$0].tree } ?? .branch([])
-                try child.insert(text, at: rest, in: key)
-                if let index { members[index].tree = child } else { members.append((first, child)) }
+                guard branch.leaf == nil else { throw mixed(path) }
+                branch = branch.member(String(name))
             }
-            self = .branch(members)
+            guard branch.members.isEmpty else { throw mixed(path) }
+            // The last one counts, as everywhere on command lines.
+            branch.leaf = value
         }
 
-        func value(_ text: String) throws(BlockError) -> JSONValue {
-            switch self {
-            case .leaf(let leaf): return .string(leaf)
-            case .branch(let members):
-                let numbers = members.compactMap { Int($0.key) }
-                guard !members.isEmpty, numbers.count == members.count else {
-                    var object = JSONObject()
-                    for member in members { object[member.key] = try member.tree.value(text) }
-                    return .object(object)
-                }
-                guard numbers.sorted() == Array(0..<members.count) else {
-                    throw BlockError(.invalidArgument, "a list has gaps, in '\(text)'")
-                }
-                var list = [JSONValue](repeating: .null, count: members.count)
-                for (number, member) in zip(numbers, members) {
-                    list[number] = try member.tree.value(text)
-                }
-                return .array(list)
-            }
+        private func mixed(_ path: String) -> BlockError {
+            BlockError(
+                .invalidArgument,
+                "option '\(path)' and those nested in one of its parts exclude each other")
         }
+
+        private func member(_ key: String) -> Branch {
+            if let place = index[key] { return members[place].branch }
+            let branch = Branch()
+            index[key] = members.count
+            members.append((key, branch))
+            return branch
+        }
+
+        func value(path: String) throws(BlockError) -> JSONValue {
+            if let leaf { return .string(leaf) }
+            let places = members.filter { KeyValue.isPlace($0.key) }
+            guard places.isEmpty || path.isEmpty else { return try list(path: path) }
+            var object = JSONObject()
+            for (key, branch) in members {
+                object[key] = try branch.value(path: path.isEmpty ? key : "\(path).\(key)")
+            }
+            return .object(object)
+        }
+
+        private func list(path: String) throws(BlockError) -> JSONValue {
+            var values: [JSONValue] = []
+            for place in 0..<members.count {
+                guard let found = index[String(place)] else {
+                    throw BlockError(
+                        .invalidArgument, "the list '\(path)' has no place \(place)",
+                        remedy: "number places from 0 without gaps, and name nothing beside them")
+                }
+                values.append(try members[found].branch.value(path: "\(path).\(place)"))
+            }
+            return .array(values)
+        }
+    }
+
+    private static func isPlace(_ name: String) -> Bool {
+        name.utf8.first.map { $0 >= 0x30 && $0 <= 0x39 } ?? false
+    }
+
+    /// A place in a list, or letters, digits, `-` and `_`.
+    private static func isName(_ name: Substring) -> Bool {
+        !name.isEmpty && name.utf8.count <= 127
+            && name.utf8.allSatisfy { byte in
+                switch byte {
+                case UInt8(ascii: "a")...UInt8(ascii: "z"), UInt8(ascii: "A")...UInt8(ascii: "Z"),
+                    UInt8(ascii: "0")...UInt8(ascii: "9"), UInt8(ascii: "-"), UInt8(ascii: "_"):
+                    true
+                default: false
+                }
+            }
     }
 }

@@ -131,7 +131,7 @@ public final class OptionReader {
     }
 
     /// The candidate with the smallest edit distance, if it is a plausible slip.
-    static func nearest(to key: String, in candidates: [String]) -> String? {
+    public static func nearest(to key: String, in candidates: [String]) -> String? {
         let limit = max(1, key.utf8.count / 3)
         var best: (String, Int)?
         for candidate in candidates {

@@ -14,7 +14,7 @@ public protocol QMPExecutor: AnyObject, Sendable {
 public final class QMPClient: QMPExecutor, @unchecked Sendable {
     private let socket: Socket
     private var framer = JSONFramer()
-    private var waiting: [[UInt8]] = []
+    private var waiting: [JSONValue] = []
     private let buffer: IOVector
     private var isBusy = false
 
@@ -71,14 +71,16 @@ public final class QMPClient: QMPExecutor, @unchecked Sendable {
             guard count > 0 else {
                 throw BlockError(.disconnected, "the daemon closed its QMP connection")
             }
-            for piece in framer.receive(buffer.slice(0, count).array) {
-                guard case .document(let document) = piece else {
+            for byte in buffer.slice(0, count).array {
+                switch framer.take(byte) {
+                case nil: continue
+                case .success(let message): waiting.append(message)
+                case .failure:
                     throw BlockError(.protocolViolation, "the QMP server sent no JSON")
                 }
-                waiting.append(document)
             }
         }
-        return try JSONParser.parse(waiting.removeFirst())
+        return waiting.removeFirst()
     }
 
     public func close() {

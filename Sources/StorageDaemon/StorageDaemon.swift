@@ -18,6 +18,10 @@ public final class StorageDaemon: @unchecked Sendable {
     /// In the order they were added.
     var exports: [ExportRecord] = []
     var jobs: [CreationJob] = []
+    /// Secrets, credentials and the like, by identifier.
+    var objects: [String: DaemonObject] = [:]
+    /// Commands wait here for those before them.
+    let turns = Turns()
     /// Called with each event: its name, and its data.
     public var emit: (String, JSONValue) -> Void = { _, _ in }
     /// Called when a client asks the daemon to end.
@@ -53,12 +57,14 @@ public final class StorageDaemon: @unchecked Sendable {
             try await nbdServer?.stop()
         } catch { failure = error }
         nbdServer = nil
-        for record in exports {
+        let gone = exports
+        exports = []
+        for record in gone {
             do throws(BlockError) {
                 try await record.export.close()
             } catch { failure = failure ?? error }
+            emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)])
         }
-        exports = []
         do throws(BlockError) { try await graph.closeAll() } catch { failure = failure ?? error }
         if let failure { throw failure }
     }

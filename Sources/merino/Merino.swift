@@ -6,5 +6,5 @@ import ArgumentParser
         commandName: "merino",
         abstract: "A block-storage engine: disk images, live snapshots, NBD.",
         version: "merino 0.1.0",
-        subcommands: [ServeCommand.self, FleeceCommand.self])
+        subcommands: [DaemonCommand.self, ServeCommand.self, FleeceCommand.self])
 }

@@ -17,6 +17,7 @@ int linux_accept(int fd);                 // accept4, non-blocking and close-on-
 int linux_socket(int family);             // stream, non-blocking and close-on-exec
 int linux_eventfd(void);                  // close-on-exec
 int linux_signal_descriptor(const int *signals, int count); // signalfd, non-blocking, close-on-exec
+int linux_fork(void);                     // fork, which Swift hides: only before any thread is started
 void linux_name_thread(const char *name); // of the caller, 15 bytes at most
 
 // Drops the calling program's resident pages of code and constants; see CodePages.swift.

@@ -34,8 +34,11 @@ extension StorageDaemon {
             }
             options.connectionCountMax = count
         }
-        for unsupported in ["tls-creds", "tls-authz"] where try reader.string(unsupported) != nil {
-            throw BlockError(.unsupported, "option '\(unsupported)' is not supported yet")
+        if let identifier = try reader.string("tls-creds") {
+            options.credentials = try serverCredentials(identifier)
+        }
+        if let identifier = try reader.string("tls-authz") {
+            options.authorize = try authorization(identifier)
         }
         guard let address = try reader.value("addr") else {
             throw BlockError(.invalidArgument, "nbd-server-start: parameter 'addr' is missing")
@@ -96,7 +99,7 @@ extension StorageDaemon {
         let depth = try reader.bool("allocation-depth") ?? false
         // One thread serves all nodes: whatever is asked for about threads holds.
         _ = try reader.bool("fixed-iothread")
-        _ = try reader.string("iothread")
+        if let thread = try reader.string("iothread") { try requireThread(thread) }
         if try reader.bool("writethrough") == true {
             throw BlockError(.unsupported, "writethrough exports are not supported yet")
         }
@@ -215,6 +218,44 @@ struct SocketAddressOption {
         }
         flat["type"] = type
         self.value = .object(flat)
+    }
+
+    /// Connects to the address: to the first that answers, of several.
+    func connect(on thread: IOThread) async throws(BlockError) -> Socket {
+        let reader = try OptionReader(value, of: "the socket address")
+        switch try reader.required("type") {
+        case "unix":
+            let path = try reader.required("path")
+            let abstract = try reader.bool("abstract") ?? false
+            _ = try reader.bool("tight")
+            try reader.finish()
+            return try await Socket.connect(to: .unix(path: path, abstract: abstract), on: thread)
+        case "inet":
+            let host = try reader.required("host")
+            guard let number = try reader.int("port"), let port = UInt16(exactly: number) else {
+                throw BlockError(.invalidArgument, "'port' is missing or out of bounds")
+            }
+            let ipv4 = try reader.bool("ipv4")
+            let ipv6 = try reader.bool("ipv6")
+            _ = try reader.bool("keep-alive")
+            try reader.finish()
+            let addresses = try await thread.offload { () throws(BlockError) in
+                try SocketAddress.resolve(
+                    host: host, port: port, passive: false, ipv4: ipv4 ?? (ipv6 != true),
+                    ipv6: ipv6 ?? (ipv4 != true))
+            }
+            var failure = BlockError(.notFound, "host '\(host)' has no address")
+            for address in addresses {
+                do throws(BlockError) {
+                    return try await Socket.connect(to: address, on: thread)
+                } catch { failure = error }
+            }
+            throw failure
+        case let other:
+            throw BlockError(
+                .unsupported, "cannot connect to a socket address of type '\(other)'",
+                remedy: "use a path, or host and port")
+        }
     }
 
     /// Listens on the address; a name can stand for several.

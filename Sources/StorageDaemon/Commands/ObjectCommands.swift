@@ -1,0 +1,223 @@
+import BlockCore
+import BlockTLS
+import QMP
+
+/// An object of `object-add`: other commands refer to it by its identifier.
+enum DaemonObject {
+    enum Kind: String, CaseIterable {
+        case secret
+        case certificates = "tls-creds-x509"
+        case keys = "tls-creds-psk"
+        case authorization = "authz-simple"
+        case thread = "iothread"
+    }
+
+    case secret([UInt8])
+    case credentials(TLSCredentials)
+    /// Lets in whoever is called exactly so.
+    case authorization(identity: String)
+    /// All nodes run on the daemon's own thread: the object is there to be named.
+    case thread
+}
+
+extension StorageDaemon {
+    /// `object-add`.
+    func objectAdd(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        let reader = try OptionReader(arguments, of: "object-add")
+        guard let kind = try reader.enumeration("qom-type", as: DaemonObject.Kind.self) else {
+            throw BlockError(.invalidArgument, "object-add: parameter 'qom-type' is missing")
+        }
+        let identifier = try reader.required("id")
+        reader.subject = "object '\(identifier)' (\(kind.rawValue))"
+        guard !identifier.isEmpty, identifier.utf8.count <= Limits.nameLengthMax else {
+            throw BlockError(.invalidArgument, "an object needs an identifier")
+        }
+        guard objects[identifier] == nil else {
+            throw BlockError(.alreadyExists, "there is an object '\(identifier)' already")
+        }
+        objects[identifier] = try await makeObject(kind, reader)
+        return [:]
+    }
+
+    /// `object-del`. Who uses it already goes on doing so.
+    func objectDel(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        let reader = try OptionReader(arguments, of: "object-del")
+        let identifier = try reader.required("id")
+        try reader.finish()
+        guard objects.removeValue(forKey: identifier) != nil else {
+            throw BlockError(.notFound, "there is no object '\(identifier)'")
+        }
+        return [:]
+    }
+
+    private func makeObject(
+        _ kind: DaemonObject.Kind, _ reader: OptionReader
+    ) async throws(BlockError) -> DaemonObject {
+        switch kind {
+        case .secret: return .secret(try await secret(reader))
+        case .certificates: return .credentials(try await certificates(reader))
+        case .keys: return .credentials(try await keys(reader))
+        case .authorization:
+            let identity = try reader.required("identity")
+            try reader.finish()
+            return .authorization(identity: identity)
+        case .thread:
+            for key in [
+                "poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch", "thread-pool-min",
+                "thread-pool-max",
+            ] { _ = try reader.int(key) }
+            try reader.finish()
+            return .thread
+        }
+    }
+
+    // MARK: Secrets
+
+    private func secret(_ reader: OptionReader) async throws(BlockError) -> [UInt8] {
+        let data = try reader.string("data")
+        let file = try reader.string("file")
+        let format = try reader.string("format") ?? "raw"
+        let encryption = [try reader.string("keyid"), try reader.string("iv")]
+        try reader.finish()
+        guard encryption == [nil, nil] else {
+            throw BlockError(
+                .unsupported, "\(reader.subject): encrypted secrets are not supported",
+                remedy: "protect the file by its permissions")
+        }
+        let bytes: [UInt8]
+        switch (data, file) {
+        case (let data?, nil): bytes = Array(data.utf8)
+        case (nil, let file?):
+            bytes = try await thread.offload { () throws(BlockError) in
+                try SmallFile.read(file, bytesMax: SmallFile.secretBytesMax)
+            }
+        default:
+            throw BlockError(
+                .invalidArgument, "\(reader.subject): give either 'data' or 'file'")
+        }
+        switch format {
+        case "raw": return bytes
+        case "base64":
+            guard let decoded = Base64.decode(bytes) else {
+                throw BlockError(.invalidArgument, "\(reader.subject): it is not valid base64")
+            }
+            return decoded
+        default:
+            throw BlockError(
+                .invalidArgument, "\(reader.subject): 'format' does not accept '\(format)'",
+                remedy: "use raw or base64")
+        }
+    }
+
+    // MARK: TLS
+
+    private func certificates(_ reader: OptionReader) async throws(BlockError) -> TLSCredentials {
+        let directory = try reader.string("dir") ?? "/etc/pki/qemu"
+        let endpoint = try reader.enumeration("endpoint", as: TLSEndpoint.self) ?? .client
+        let verifiesPeer = try reader.bool("verify-peer") ?? true
+        let priority = try reader.string("priority") ?? TLSCredentials.defaultPriority
+        // Credentials are checked whenever they are loaded.
+        _ = try reader.bool("sanity-check")
+        var password: String?
+        if let identifier = try reader.string("passwordid") {
+            guard case .secret(let bytes)? = objects[identifier] else {
+                throw BlockError(.notFound, "there is no secret '\(identifier)'")
+            }
+            password = String(validating: bytes, as: UTF8.self)
+        }
+        try reader.finish()
+        let keyPassword = password
+        return try await thread.offload { () throws(BlockError) in
+            try TLSCredentials.x509(
+                directory: directory, endpoint: endpoint, verifiesPeer: verifiesPeer,
+                priority: priority, keyPassword: keyPassword)
+        }
+    }
+
+    private func keys(_ reader: OptionReader) async throws(BlockError) -> TLSCredentials {
+        let directory = try reader.string("dir") ?? "/etc/pki/qemu"
+        let endpoint = try reader.enumeration("endpoint", as: TLSEndpoint.self) ?? .client
+        let username = try reader.string("username") ?? "qemu"
+        let priority = try reader.string("priority") ?? TLSCredentials.defaultPriority
+        // Keys shared in advance prove the peer by themselves.
+        _ = try reader.bool("verify-peer")
+        try reader.finish()
+        return try await thread.offload { () throws(BlockError) in
+            try TLSCredentials.psk(
+                directory: directory, endpoint: endpoint, username: username, priority: priority)
+        }
+    }
+
+    // MARK: Users of objects
+
+    /// - Throws: when there are none of that name, or they are a client's.
+    func serverCredentials(_ identifier: String) throws(BlockError) -> TLSCredentials {
+        guard case .credentials(let credentials)? = objects[identifier] else {
+            throw BlockError(
+                .notFound, "there are no TLS credentials '\(identifier)'",
+                remedy: "object-add makes them")
+        }
+        guard credentials.endpoint == .server else {
+            throw BlockError(
+                .invalidArgument, "the TLS credentials '\(identifier)' are a client's",
+                remedy: "add them with endpoint=server")
+        }
+        return credentials
+    }
+
+    func authorization(
+        _ identifier: String
+    ) throws(BlockError) -> @Sendable (String) -> Bool {
+        guard case .authorization(let identity)? = objects[identifier] else {
+            throw BlockError(
+                .notFound, "there is no authorization object '\(identifier)'",
+                remedy: "object-add with qom-type=authz-simple makes one")
+        }
+        return { $0 == identity }
+    }
+
+    func requireThread(_ identifier: String) throws(BlockError) {
+        guard case .thread? = objects[identifier] else {
+            throw BlockError(
+                .notFound, "there is no iothread '\(identifier)'", remedy: "object-add makes one")
+        }
+    }
+}
+
+/// Base64 (RFC 4648 §4), line ends allowed.
+enum Base64 {
+    static func decode(_ text: [UInt8]) -> [UInt8]? {
+        var result: [UInt8] = []
+        var bits: UInt32 = 0
+        var bitCount = 0
+        var padding = 0
+        var symbolCount = 0
+        for byte in text where byte != 0x0a && byte != 0x0d {
+            symbolCount += 1
+            if byte == UInt8(ascii: "=") {
+                padding += 1
+                continue
+            }
+            guard padding == 0, let value = value(of: byte) else { return nil }
+            bits = bits << 6 | value
+            bitCount += 6
+            if bitCount >= 8 {
+                bitCount -= 8
+                result.append(UInt8(truncatingIfNeeded: bits >> UInt32(bitCount)))
+                bits &= (1 << UInt32(bitCount)) - 1
+            }
+        }
+        return symbolCount % 4 == 0 && padding <= 2 && bits == 0 ? result : nil
+    }
+
+    private static func value(of byte: UInt8) -> UInt32? {
+        switch byte {
+        case UInt8(ascii: "A")...UInt8(ascii: "Z"): UInt32(byte - UInt8(ascii: "A"))
+        case UInt8(ascii: "a")...UInt8(ascii: "z"): UInt32(byte - UInt8(ascii: "a")) + 26
+        case UInt8(ascii: "0")...UInt8(ascii: "9"): UInt32(byte - UInt8(ascii: "0")) + 52
+        case UInt8(ascii: "+"): 62
+        case UInt8(ascii: "/"): 63
+        default: nil
+        }
+    }
+}

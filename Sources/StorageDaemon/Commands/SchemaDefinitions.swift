@@ -1,0 +1,255 @@
+import QMP
+
+// The types that commands and events refer to, by the names of QEMU's interface. Node options are
+// described for clients and checked by the drivers, which know more, and take `key=value` text too.
+
+extension StorageDaemon {
+    static let schemaDefinitions: [String: SchemaDefinition] = controlDefinitions.merging(
+        exportDefinitions.merging(
+            nodeDefinitions.merging(
+                objectDefinitions, uniquingKeysWith: { first, _ in first }),
+            uniquingKeysWith: { first, _ in first }),
+        uniquingKeysWith: { first, _ in first })
+
+    private static let controlDefinitions: [String: SchemaDefinition] = [
+        "QMPCapability": .enumeration(["oob"]),
+        "VersionInfo": .object(
+            ObjectSchema([
+                .required("qemu", .named("VersionTriple")), .required("package", .string),
+            ])),
+        "VersionTriple": .object(
+            ObjectSchema([
+                .required("major", .integer), .required("minor", .integer),
+                .required("micro", .integer),
+            ])),
+        "CommandInfo": .object(ObjectSchema([.required("name", .string)])),
+        "JobStatus": .enumeration([
+            "undefined", "created", "running", "paused", "ready", "standby", "waiting", "pending",
+            "aborting", "concluded", "null",
+        ]),
+        "JobType": .enumeration(["create"]),
+        "JobInfo": .object(
+            ObjectSchema([
+                .required("id", .string), .required("type", .named("JobType")),
+                .required("status", .named("JobStatus")),
+                .required("current-progress", .integer), .required("total-progress", .integer),
+                .optional("error", .string),
+            ])),
+        "TransactionAction": .object(
+            ObjectSchema(
+                [.required("type", .named("TransactionActionKind"))], tag: "type",
+                variants: [
+                    .init("abort", "AbortWrapper"),
+                    .init("blockdev-add", "BlockdevOptionsWrapper"),
+                    .init("blockdev-replace", "BlockdevReplaceWrapper"),
+                    .init("block-export-add", "BlockExportOptionsWrapper"),
+                ])),
+        "TransactionActionKind": .enumeration([
+            "abort", "blockdev-add", "blockdev-replace", "block-export-add",
+        ]),
+        "Abort": .object(ObjectSchema([])),
+        "AbortWrapper": .object(ObjectSchema([.optional("data", .named("Abort"))])),
+        "BlockdevOptionsWrapper": .object(
+            ObjectSchema([.required("data", .named("BlockdevOptions"))])),
+        "BlockdevReplaceWrapper": .object(
+            ObjectSchema([.required("data", .named("BlockdevReplace"))])),
+        "BlockExportOptionsWrapper": .object(
+            ObjectSchema([.required("data", .named("BlockExportOptions"))])),
+        "TransactionProperties": .object(
+            ObjectSchema([.optional("completion-mode", .named("ActionCompletionMode"))])),
+        "ActionCompletionMode": .enumeration(["individual", "grouped"]),
+    ]
+
+    private static let objectDefinitions: [String: SchemaDefinition] = [
+        "ObjectOptions": .object(
+            ObjectSchema(
+                [.required("qom-type", .named("ObjectType")), .required("id", .string)],
+                tag: "qom-type",
+                variants: DaemonObject.Kind.allCases.map {
+                    .init($0.rawValue, "ObjectOptions-\($0.rawValue)")
+                })),
+        "ObjectType": .enumeration(DaemonObject.Kind.allCases.map(\.rawValue)),
+        "QCryptoSecretFormat": .enumeration(["raw", "base64"]),
+        "QCryptoTLSCredsEndpoint": .enumeration(["client", "server"]),
+        "ObjectOptions-secret": .object(
+            ObjectSchema([
+                .optional("data", .string), .optional("file", .string),
+                .optional("format", .named("QCryptoSecretFormat")), .optional("keyid", .string),
+                .optional("iv", .string),
+            ])),
+        "ObjectOptions-tls-creds-x509": .object(
+            ObjectSchema([
+                .optional("dir", .string),
+                .optional("endpoint", .named("QCryptoTLSCredsEndpoint")),
+                .optional("verify-peer", .boolean), .optional("priority", .string),
+                .optional("passwordid", .string), .optional("sanity-check", .boolean),
+            ])),
+        "ObjectOptions-tls-creds-psk": .object(
+            ObjectSchema([
+                .optional("dir", .string),
+                .optional("endpoint", .named("QCryptoTLSCredsEndpoint")),
+                .optional("verify-peer", .boolean), .optional("priority", .string),
+                .optional("username", .string),
+            ])),
+        "ObjectOptions-authz-simple": .object(ObjectSchema([.required("identity", .string)])),
+        "ObjectOptions-iothread": .object(
+            ObjectSchema([
+                .optional("poll-max-ns", .integer), .optional("poll-grow", .integer),
+                .optional("poll-shrink", .integer), .optional("aio-max-batch", .integer),
+                .optional("thread-pool-min", .integer), .optional("thread-pool-max", .integer),
+            ])),
+    ]
+
+    private static let exportDefinitions: [String: SchemaDefinition] = [
+        "BlockExportRemoveMode": .enumeration(["safe", "hard"]),
+        "BlockExportType": .enumeration(["nbd"]),
+        "BlockExportOptions": .object(
+            ObjectSchema(
+                [
+                    .required("type", .named("BlockExportType")), .required("id", .string),
+                    .required("node-name", .string), .optional("fixed-iothread", .boolean),
+                    .optional("iothread", .string), .optional("writable", .boolean),
+                    .optional("writethrough", .boolean),
+                ], tag: "type", variants: [.init("nbd", "BlockExportOptionsNbd")])),
+        "BlockExportOptionsNbd": .object(
+            ObjectSchema([
+                .optional("name", .string), .optional("description", .string),
+                .optional("bitmaps", .array(.any)), .optional("allocation-depth", .boolean),
+            ])),
+        "BlockExportInfo": .object(
+            ObjectSchema([
+                .required("id", .string), .required("type", .named("BlockExportType")),
+                .required("node-name", .string), .required("shutting-down", .boolean),
+            ])),
+        "SocketAddressLegacy": .object(
+            ObjectSchema(
+                [.required("type", .named("SocketAddressType"))], tag: "type",
+                variants: [
+                    .init("inet", "InetSocketAddressWrapper"),
+                    .init("unix", "UnixSocketAddressWrapper"),
+                    .init("vsock", "VsockSocketAddressWrapper"),
+                    .init("fd", "FdSocketAddressWrapper"),
+                ])),
+        "SocketAddressType": .enumeration(["inet", "unix", "vsock", "fd"]),
+        "InetSocketAddressWrapper": .object(
+            ObjectSchema([.required("data", .named("InetSocketAddress"))])),
+        "UnixSocketAddressWrapper": .object(
+            ObjectSchema([.required("data", .named("UnixSocketAddress"))])),
+        "VsockSocketAddressWrapper": .object(
+            ObjectSchema([.required("data", .named("VsockSocketAddress"))])),
+        "FdSocketAddressWrapper": .object(
+            ObjectSchema([.required("data", .named("FdSocketAddress"))])),
+        "InetSocketAddress": .object(
+            ObjectSchema([
+                .required("host", .string), .required("port", .string),
+                .optional("numeric", .boolean), .optional("to", .integer),
+                .optional("ipv4", .boolean), .optional("ipv6", .boolean),
+                .optional("keep-alive", .boolean),
+            ])),
+        "UnixSocketAddress": .object(
+            ObjectSchema([
+                .required("path", .string), .optional("abstract", .boolean),
+                .optional("tight", .boolean),
+            ])),
+        "VsockSocketAddress": .object(
+            ObjectSchema([.required("cid", .string), .required("port", .string)])),
+        "FdSocketAddress": .object(ObjectSchema([.required("str", .string)])),
+    ]
+
+    private static let nodeDefinitions: [String: SchemaDefinition] = [
+        "BlockdevDriver": .enumeration(driverOptions.map(\.name)),
+        "BlockdevOptions": .object(
+            ObjectSchema(
+                [
+                    .required("driver", .named("BlockdevDriver")),
+                    .optional("node-name", .string), .optional("read-only", .boolean),
+                    .optional("auto-read-only", .boolean), .optional("force-share", .boolean),
+                    .optional("discard", .named("BlockdevDiscardOptions")),
+                    .optional("detect-zeroes", .named("BlockdevDetectZeroesOptions")),
+                    .optional("cache", .named("BlockdevCacheOptions")),
+                ], tag: "driver",
+                variants: driverOptions.map { .init($0.name, "BlockdevOptions-\($0.name)") },
+                isCheckedByReceiver: true)),
+        "BlockdevRef": .alternate([.named("BlockdevOptions"), .string]),
+        "BlockdevRefOrNull": .alternate([.named("BlockdevOptions"), .string, .null]),
+        "BlockdevDiscardOptions": .enumeration(["ignore", "unmap"]),
+        "BlockdevDetectZeroesOptions": .enumeration(["off", "on", "unmap"]),
+        "BlockdevCacheOptions": .object(
+            ObjectSchema([.optional("direct", .boolean), .optional("no-flush", .boolean)])),
+        "BlockdevAioOptions": .enumeration(["threads", "native", "io_uring"]),
+        "OnOffAuto": .enumeration(["auto", "on", "off"]),
+        "OnCbwError": .enumeration(["break-guest-write", "break-snapshot"]),
+        "PreallocMode": .enumeration(["off", "metadata", "falloc", "full"]),
+        "BlockdevReplace": .object(
+            ObjectSchema(
+                [
+                    .required("parent-type", .named("BlockParentType")),
+                    .required("new-child", .string),
+                ], tag: "parent-type",
+                variants: [
+                    .init("driver", "BlockdevReplaceDriver"),
+                    .init("export", "BlockdevReplaceExport"),
+                ])),
+        "BlockParentType": .enumeration(["driver", "export"]),
+        "BlockdevReplaceDriver": .object(
+            ObjectSchema([.required("node-name", .string), .required("child", .string)])),
+        "BlockdevReplaceExport": .object(ObjectSchema([.required("export-id", .string)])),
+        "BlockdevCreateOptions": .object(
+            ObjectSchema(
+                [.required("driver", .named("BlockdevDriver"))], isCheckedByReceiver: true)),
+        "XDbgBlockGraph": .object(
+            ObjectSchema([
+                .required("nodes", .array(.any)), .required("edges", .array(.any)),
+            ])),
+    ].merging(
+        driverOptions.map {
+            ("BlockdevOptions-\($0.name)", .object(ObjectSchema($0.options)))
+        }, uniquingKeysWith: { first, _ in first })
+
+    /// What each driver takes beside the options of every node.
+    static let driverOptions: [(name: String, options: [SchemaMember])] = [
+        ("file", fileOptions), ("host_device", fileOptions),
+        (
+            "null-co",
+            [
+                .optional("size", .integer), .optional("latency-ns", .integer),
+                .optional("read-zeroes", .boolean),
+            ]
+        ),
+        (
+            "raw",
+            [
+                .required("file", .named("BlockdevRef")), .optional("offset", .integer),
+                .optional("size", .integer),
+            ]
+        ),
+        (
+            "qcow2",
+            [
+                .required("file", .named("BlockdevRef")),
+                .optional("backing", .named("BlockdevRefOrNull")),
+                .optional("lazy-refcounts", .boolean), .optional("cache-size", .integer),
+                .optional("l2-cache-size", .integer),
+                .optional("l2-cache-entry-size", .integer),
+                .optional("refcount-cache-size", .integer),
+                .optional("cache-clean-interval", .integer),
+            ]
+        ),
+        (
+            "copy-before-write",
+            [
+                .required("file", .named("BlockdevRef")),
+                .required("target", .named("BlockdevRef")), .optional("bitmap", .any),
+                .optional("on-cbw-error", .named("OnCbwError")),
+                .optional("cbw-timeout", .integer), .optional("min-cluster-size", .integer),
+            ]
+        ),
+        ("snapshot-access", [.required("file", .named("BlockdevRef"))]),
+    ]
+
+    private static let fileOptions: [SchemaMember] = [
+        .required("filename", .string), .optional("aio", .named("BlockdevAioOptions")),
+        .optional("aio-max-batch", .integer), .optional("locking", .named("OnOffAuto")),
+        .optional("drop-cache", .boolean),
+    ]
+}

@@ -1,0 +1,34 @@
+import ArgumentParser
+import BlockCore
+import BlockIO
+import StorageDaemon
+
+/// `merino daemon`: the storage daemon, with the options of `qemu-storage-daemon(1)`.
+struct DaemonCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "daemon", abstract: "Serve disk images, controlled over QMP.")
+
+    // The order of the options counts, so that they are parsed by their own rules.
+    @Argument(parsing: .captureForPassthrough, help: "See merino daemon --help.")
+    var arguments: [String] = []
+
+    func run() throws {
+        do {
+            try runDaemon()
+        } catch {
+            throw Failure(error.description)
+        }
+    }
+
+    private func runDaemon() throws(BlockError) {
+        let options = try DaemonOptions(arguments)
+        if options.wantsHelp { return print(DaemonOptions.help) }
+        if options.wantsVersion { return print(Merino.configuration.version) }
+        SignalSource.block(DaemonProgram.signals)
+        guard options.daemonizes else {
+            return try DaemonProgram.run(options) { () throws(BlockError) in }
+        }
+        let daemonization = try Daemonization.begin()
+        try DaemonProgram.run(options) { () throws(BlockError) in try daemonization.ready() }
+    }
+}
