@@ -12,6 +12,13 @@ public struct ClusterBitmap: Sendable {
     /// Bits that are set.
     public private(set) var setCount = 0
 
+    /// How many units of `unit` bytes cover `size` bytes; `nil` when a bitmap cannot have so many.
+    public static func count(covering size: Int, unit: Int) -> Int? {
+        guard size > 0 else { return 0 }
+        let count = (size - 1) / unit + 1
+        return count <= Limits.bitmapBitCountMax ? count : nil
+    }
+
     /// All bits clear, or all set. `count` is not negative.
     public init(count: Int, repeating value: Bool = false) {
         precondition(count >= 0)

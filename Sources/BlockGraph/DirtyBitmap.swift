@@ -31,10 +31,16 @@ public final class DirtyBitmap: WriteObserver {
                 "a dirty bitmap's granularity is a power of two from \(Self.granularityMin) to "
                     + "\(Self.granularityMax), not \(granularity)")
         }
+        guard let count = ClusterBitmap.count(covering: size, unit: granularity) else {
+            throw BlockError(
+                .exhausted,
+                "a dirty bitmap of \(size) bytes in units of \(granularity) is too large",
+                remedy: "use a larger granularity")
+        }
         self.name = name
         self.granularity = granularity
         self.size = size
-        bits = ClusterBitmap(count: (size + granularity - 1) / granularity)
+        bits = ClusterBitmap(count: count)
     }
 
     /// Bytes that are marked, counted in whole units.
@@ -47,7 +53,7 @@ public final class DirtyBitmap: WriteObserver {
     /// Marks what lies within the bitmap.
     public func mark(_ range: ByteRange) {
         guard let inside = range.intersection(ByteRange(0, size)) else { return }
-        bits.set(inside.offset / granularity..<(inside.end + granularity - 1) / granularity)
+        bits.set(inside.offset / granularity..<(inside.end - 1) / granularity + 1)
     }
 
     public func clear() {
@@ -61,7 +67,7 @@ public final class DirtyBitmap: WriteObserver {
         let isDirty = bits[index]
         let rest = index..<bits.count
         let end = isDirty ? bits.firstClear(in: rest) : bits.firstSet(in: rest)
-        return (isDirty, min((end ?? bits.count) * granularity, size))
+        return (isDirty, end.map { $0 * granularity } ?? size)
     }
 
     public func forEachDirtyRange(_ body: (ByteRange) -> Void) {

@@ -161,6 +161,30 @@ final class FleecingGraph: @unchecked Sendable {
         }
     }
 
+    @Test func aDiskTooLargeForItsClustersIsRefused() async throws {
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        let code = try await thread.run { () async throws(BlockError) -> BlockError.Code in
+            let graph = BlockGraph(
+                on: thread, registry: DriverRegistry(BlockProtocols.drivers + BlockFilters.drivers))
+            for name in ["disk", "temp"] {
+                _ = try await graph.open(
+                    [
+                        "driver": "null-co", "node-name": .string(name),
+                        "size": .integer(Limits.nodeSizeMax),
+                    ], monitorOwned: true)
+            }
+            do throws(BlockError) {
+                _ = try await graph.open(
+                    ["driver": "copy-before-write", "file": "disk", "target": "temp"])
+                return .busy
+            } catch {
+                return error.code
+            }
+        }
+        #expect(code == .exhausted)
+    }
+
     @Test func unknownOptionsNameTheNearestOne() async throws {
         do {
             try await FleecingGraph.withGraph(options: ["on-cbw-eror": "break-snapshot"]) {

@@ -58,7 +58,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     private init(
         node: BlockNode, child: Edge, target: Edge, clusterSize: Int, onError: OnError,
         timeoutNanoseconds: UInt64
-    ) {
+    ) throws(BlockError) {
         self.node = node
         self.child = child
         self.target = target
@@ -66,7 +66,12 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         self.onError = onError
         self.timeoutNanoseconds = timeoutNanoseconds
         snapshotSize = child.size
-        let count = (child.size + clusterSize - 1) / clusterSize
+        guard let count = ClusterBitmap.count(covering: child.size, unit: clusterSize) else {
+            throw BlockError(
+                .exhausted,
+                "a disk of \(child.size) bytes has too many clusters of \(clusterSize) bytes",
+                remedy: "use a larger min-cluster-size")
+        }
         waiting = ClusterBitmap(count: count, repeating: true)
         present = ClusterBitmap(count: count, repeating: true)
         node.size = child.size
@@ -101,7 +106,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         }
         let targetCluster = try await target.node.driver.information.clusterSize
         let clusterSize = max(Self.clusterSizeMin, max(clusterSizeMin, targetCluster))
-        let filter = CopyBeforeWrite(
+        let filter = try CopyBeforeWrite(
             node: opening.node, child: child, target: target, clusterSize: clusterSize,
             onError: onError, timeoutNanoseconds: UInt64(timeout) * 1_000_000_000)
         if let bitmap = try options.value("bitmap") {
@@ -195,7 +200,8 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
 
     @inline(__always)
     private func clusters(touching range: ByteRange) -> Range<Int> {
-        range.offset / clusterSize..<(range.end + clusterSize - 1) / clusterSize
+        let first = range.offset / clusterSize
+        return first..<(range.isEmpty ? first : (range.end - 1) / clusterSize + 1)
     }
 
     /// Returns when the guest may change `range`.
@@ -297,7 +303,8 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     private func bytes(of clusters: Range<Int>) -> ByteRange {
         ByteRange(
             from: clusters.lowerBound * clusterSize,
-            to: min(clusters.upperBound * clusterSize, snapshotSize))
+            to: clusters.upperBound == present.count
+                ? snapshotSize : clusters.upperBound * clusterSize)
     }
 
     public func settle() async {
@@ -355,7 +362,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     public func discardSnapshot(_ range: ByteRange) async throws(BlockError) {
         if let breakage { throw breakage }
         // Whole clusters only; the end of the disk ends one.
-        let first = (range.offset + clusterSize - 1) / clusterSize
+        let first = range.offset / clusterSize + (range.offset % clusterSize == 0 ? 0 : 1)
         let end = range.end == snapshotSize ? present.count : range.end / clusterSize
         guard first < end else { return }
         let clusters = first..<end
@@ -399,7 +406,9 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     }
 
     /// What is left to copy and to read, for progress and queries.
-    public var presentBytes: Int { present.setCount * clusterSize }
+    public var presentBytes: Int {
+        min(present.setCount.multiplied(by: clusterSize) ?? snapshotSize, snapshotSize)
+    }
 }
 
 extension CopyBeforeWrite {

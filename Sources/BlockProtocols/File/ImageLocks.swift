@@ -113,7 +113,7 @@ final class ImageLocks {
 
     private func refused(_ permission: String) -> BlockError {
         let holders = file.thread.system.holders(of: identity)
-        let who = holders.isEmpty ? "another process" : holders.joined(separator: ", ")
+        let who = holders.isEmpty ? "another node of this process" : holders.joined(separator: ", ")
         return BlockError(
             .permissionDenied,
             "'\(file.path)' is in use: \(who) holds its '\(permission)' lock",
