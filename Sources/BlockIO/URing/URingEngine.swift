@@ -161,7 +161,9 @@ final class URingEngine: IOEngine {
             if io_uring_sq_ready(ring) > 0 || io_uring_cq_ready(ring) > 0 || needsKernel {
                 io_uring_submit_and_get_events(ring)
             }
-        } else if io_uring_sq_ready(ring) > 0 {
+        } else if io_uring_sq_ready(ring) > 0, pollWindow.nanoseconds > 0 {
+            // Submitted before looking for completions; where nobody looks, submitting and sleeping
+            // are one call.
             io_uring_submit_and_get_events(ring)
             if io_uring_cq_ready(ring) == 0 { wait(until: deadline) }
         } else if io_uring_cq_ready(ring) == 0 {
