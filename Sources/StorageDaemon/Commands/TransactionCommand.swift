@@ -8,6 +8,14 @@ extension StorageDaemon {
     /// All nodes are drained from before the first action to after the last, so that for guests they
     /// happen at the same moment; the first that fails has those before it undone, last one first.
     func transaction(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        let result = try await transactionHoldingNodes(arguments)
+        try await graph.collect()
+        return result
+    }
+
+    private func transactionHoldingNodes(
+        _ arguments: JSONValue
+    ) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "transaction")
         guard let actions = try reader.list("actions") else {
             throw BlockError(.invalidArgument, "transaction: parameter 'actions' is missing")
@@ -22,25 +30,46 @@ extension StorageDaemon {
             }
         }
         try reader.finish()
-        try await graph.drained(graph.nodes) { () throws(BlockError) in
-            var undo: [() async throws(BlockError) -> Void] = []
-            for action in actions {
-                do throws(BlockError) {
-                    undo.append(try await carryOut(action))
-                } catch {
-                    for step in undo.reversed() { try? await step() }
-                    throw error
+        // What nobody uses after an action stays until the transaction is through: it may be undone.
+        let held = graph.nodes
+        for node in held { node.hold("transaction") }
+        defer { for node in held { node.release("transaction") } }
+        var cleanUp: [Undo.Step] = []
+        do throws(BlockError) {
+            try await graph.drained(graph.nodes) { () throws(BlockError) in
+                var done: [Undo] = []
+                for action in actions {
+                    do throws(BlockError) {
+                        done.append(try await carryOut(action))
+                    } catch {
+                        for undo in done.reversed() {
+                            try? await undo.atOnce()
+                            cleanUp.append(undo.afterwards)
+                        }
+                        throw error
+                    }
                 }
             }
+        } catch {
+            for step in cleanUp { try? await step() }
+            throw error
         }
-        try await graph.collect()
         return [:]
+    }
+
+    /// What undoes an action.
+    private struct Undo {
+        typealias Step = () async throws(BlockError) -> Void
+        /// While guests are still held back: what they would notice.
+        var atOnce: Step = { () throws(BlockError) in }
+        /// When they go on again: an export's clients may wait for requests that are held back.
+        var afterwards: Step = { () throws(BlockError) in }
     }
 
     /// - Returns: what undoes the action.
     private func carryOut(
         _ action: JSONValue
-    ) async throws(BlockError) -> () async throws(BlockError) -> Void {
+    ) async throws(BlockError) -> Undo {
         let reader = try OptionReader(action, of: "transaction action")
         let type = try reader.required("type")
         let data = try reader.value("data") ?? [:]
@@ -48,23 +77,21 @@ extension StorageDaemon {
         switch type {
         case "blockdev-add":
             let node = try await graph.open(data, monitorOwned: true)
-            return { [graph] () throws(BlockError) in try await graph.remove(node) }
+            return Undo(afterwards: { [graph] () throws(BlockError) in try await graph.remove(node)
+            })
         case "blockdev-replace":
             let replacement = try replacement(data)
             let old = replacement.edge.node
-            // What nobody uses afterwards stays until the transaction is through.
-            old.hold("transaction")
-            defer { old.release("transaction") }
             try replacement.carryOut(in: graph)
-            return { [graph] () throws(BlockError) in
+            return Undo(atOnce: { [graph] () throws(BlockError) in
                 try Replacement(edge: replacement.edge, node: old).carryOut(in: graph)
-            }
+            })
         case "block-export-add":
             let identifier = try OptionReader(data, of: type).required("id")
             _ = try await blockExportAdd(data)
-            return { [self] () throws(BlockError) in
+            return Undo(afterwards: { [self] () throws(BlockError) in
                 _ = try await blockExportDel(["id": .string(identifier), "mode": "hard"])
-            }
+            })
         case "abort":
             throw BlockError(.cancelled, "the transaction was aborted by its 'abort' action")
         default:
