@@ -33,8 +33,21 @@ public final class RangeLocks {
     /// Waits until nobody stands in the way.
     public func waitUntilFree(_ range: Range<Int>, exclusively: Bool) async {
         while conflicts(range, exclusively: exclusively) {
-            await withUnsafeContinuation { sleepers.append($0) }
+            await untilChange()
         }
+    }
+
+    /// Waits until something is let go, or ``wake()``: for who then looks at more than the locks.
+    public func untilChange() async {
+        await withUnsafeContinuation { sleepers.append($0) }
+    }
+
+    /// Lets all who wait look again.
+    public func wake() {
+        if sleepers.isEmpty { return }
+        let woken = sleepers
+        sleepers = []
+        for continuation in woken { continuation.resume() }
     }
 
     /// Lets go of a range that was taken.
@@ -43,9 +56,6 @@ public final class RangeLocks {
         guard let index else { preconditionFailure("a range was not held") }
         held.swapAt(index, held.count - 1)
         held.removeLast()
-        if sleepers.isEmpty { return }
-        let woken = sleepers
-        sleepers = []
-        for continuation in woken { continuation.resume() }
+        wake()
     }
 }

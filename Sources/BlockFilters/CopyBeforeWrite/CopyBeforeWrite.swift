@@ -232,6 +232,8 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
                 + "guest writes instead", node: node.name)
         // Nothing is to be copied any more.
         waiting.clear(0..<waiting.count)
+        // Nor does anybody wait for a copy that may never end.
+        locks.wake()
     }
 
     private func copyWithDeadline(_ clusters: Range<Int>) async throws(BlockError) {
@@ -272,7 +274,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
             let part = first..<min(run.upperBound, first + max(1, (1 << 20) / clusterSize))
             if locks.conflicts(part, exclusively: false) {
                 // Somebody copies a part of it already; look again when that is over.
-                await locks.waitUntilFree(part, exclusively: false)
+                await locks.untilChange()
                 continue
             }
             locks.take(part, exclusively: true)
@@ -328,13 +330,11 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
             let part = vector.slice(done, run.range.count)
             if run.isCopied {
                 try await target.read(run.range.offset, into: part)
+                // A discard of the snapshot may have emptied the target under the read.
+                try requirePresent(run.range)
             } else {
+                // Beside a copy, if there is one: the guest's write waits for both.
                 let clusters = clusters(touching: run.range)
-                if locks.conflicts(clusters, exclusively: false) {
-                    // It is being copied: then it is in the target, or still here.
-                    await locks.waitUntilFree(clusters, exclusively: false)
-                    continue
-                }
                 locks.take(clusters, exclusively: false)
                 defer { locks.unlock(clusters, exclusively: false) }
                 try await child.read(run.range.offset, into: part)
@@ -351,6 +351,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         let run = try snapshotRun(range)
         let edge = run.isCopied ? target : child
         var status = try await edge.blockStatus(run.range, precise: precise)
+        if run.isCopied { try requirePresent(run.range) }
         // Unallocated in the target, after a copy, are the zeroes that were found.
         if run.isCopied, status.flags.isDisjoint(with: [.data, .zero]) {
             status.flags.insert(.zero)
@@ -370,7 +371,10 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         present.clear(clusters)
         waiting.clear(clusters)
         // A copy under way may still write into the target what is about to be dropped there.
-        await locks.waitUntilFree(clusters, exclusively: true)
+        while locks.conflicts(clusters, exclusively: true) {
+            await locks.untilChange()
+            if let breakage { throw breakage }
+        }
         try await target.discard(bytes(of: clusters))
     }
 
@@ -383,16 +387,24 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         if let breakage { throw breakage }
         let clusters = clusters(touching: range)
         if let missing = present.firstClear(in: clusters) {
-            guard missing > clusters.lowerBound else {
-                throw BlockError(
-                    .permissionDenied,
-                    "offset \(range.offset) does not belong to the snapshot (any more)",
-                    node: node.name)
-            }
+            guard missing > clusters.lowerBound else { throw notPresent(at: range.offset) }
             let cut = ByteRange(from: range.offset, to: missing * clusterSize)
             return run(cut, self.clusters(touching: cut))
         }
         return run(range, clusters)
+    }
+
+    private func notPresent(at offset: Int) -> BlockError {
+        BlockError(
+            .permissionDenied, "offset \(offset) does not belong to the snapshot (any more)",
+            node: node.name)
+    }
+
+    /// - Throws: when the snapshot does not have all of `range`.
+    private func requirePresent(_ range: ByteRange) throws(BlockError) {
+        if let missing = present.firstClear(in: clusters(touching: range)) {
+            throw notPresent(at: max(missing * clusterSize, range.offset))
+        }
     }
 
     private func run(

@@ -251,8 +251,30 @@ public final class ShadowDisk {
         guard bytes.count == observation.range.count else {
             return "a read of \(observation.range) returned \(bytes.count) bytes"
         }
-        for index in bytes.indices {
-            let byte = bytes[index]
+        if let wrong = check(observation, bytes.count, { bytes[$0] }) {
+            return "\(wrong) (in a read of \(observation.range))"
+        }
+        if observation.isQuiet {
+            for index in bytes.indices { current[start + index] = UInt16(bytes[index]) }
+        }
+        return nil
+    }
+
+    /// A question that began as a read was answered: the first `count` bytes read as zeroes.
+    ///
+    /// - Returns: what is wrong with that, or `nil`.
+    public func endStatus(_ request: Request, zeroes count: Int) -> String? {
+        let observation = endObservation(request)
+        return check(observation, min(count, observation.range.count)) { _ in 0 }
+            .map { "\($0) by block status of \(observation.range)" }
+    }
+
+    private func check(
+        _ observation: Observation, _ count: Int, _ value: (Int) -> UInt8
+    ) -> String? {
+        let start = observation.range.offset
+        for index in 0..<count {
+            let byte = value(index)
             let state = observation.start[index]
             if state == UInt16(byte) { continue }
             var legal = set(state)
@@ -262,12 +284,8 @@ public final class ShadowDisk {
                 legal.insert(change.content.value(at: start + index - change.range.offset))
             }
             if !legal.contains(byte) {
-                return "byte \(start + index) read as \(byte), legal: \(legal) "
-                    + "(in a read of \(observation.range))"
+                return "byte \(start + index) read as \(byte), legal: \(legal)"
             }
-        }
-        if observation.isQuiet {
-            for index in bytes.indices { current[start + index] = UInt16(bytes[index]) }
         }
         return nil
     }

@@ -27,6 +27,9 @@ final class SimulatedEngine: IOEngine {
     /// What a turn of the loop costs: so that waiting by yielding ends, too.
     private static let turnNanoseconds: UInt64 = 200
 
+    /// Turns in a row in which no operation gets on, after which a boot counts as stuck.
+    private static let idleTurnsMax = 1_000_000
+
     let simulation: Simulation
     let files: SimulatedFiles
     let network: SimulatedNetwork
@@ -37,6 +40,7 @@ final class SimulatedEngine: IOEngine {
     private var onStop: ((Stop) -> Void)?
     private var isRunning = false
     private(set) var isDown = false
+    private var idleTurns = 0
     private let alarm = Alarm()
 
     let name = "simulation"
@@ -195,10 +199,22 @@ final class SimulatedEngine: IOEngine {
             }
             now = max(now, next)
         }
-        while let action = events.next(until: now) { action() }
+        idleTurns += 1
+        while let action = events.next(until: now) {
+            idleTurns = 0
+            action()
+        }
+        if idleTurns > Self.idleTurnsMax { return stopTurning() }
         let done = completed
         completed.removeAll(keepingCapacity: true)
         for (token, result) in done { complete(token, result) }
+    }
+
+    /// Something waits in a loop, by yielding or sleeping, for what will never come.
+    private func stopTurning() {
+        let why = waitingFor
+        goDown()
+        onStop?(.stuck(why))
     }
 
     private var waitingFor: String {
