@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .PHONY: help setup build release run test lint format bench fuzz install clean
 
 PREFIX ?= /usr/local
-export PREFIX DESTDIR COMPAT DISK FORMAT ROUNDS SEED
+export PREFIX DESTDIR COMPAT DISK FORMAT SEEDS FILTER
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
@@ -40,7 +40,7 @@ bench: ## measure against qemu-nbd, qemu-storage-daemon and nbdkit (ARGS="--quic
 	@scripts/build-release
 	@bench/run $(ARGS)
 
-fuzz: ## longer seeded random runs of the tests named Fuzz (ROUNDS=…, SEED=…)
+fuzz: ## the models and simulations with more seeds than `make test` (SEEDS=…, FILTER=…)
 	@scripts/setup
 	@scripts/fuzz
 
