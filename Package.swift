@@ -82,7 +82,7 @@ let package = Package(
             swiftSettings: settings),
 
         tests("BlockCore"),
-        tests("QMP"),
+        tests("QMP", ["BlockTesting"]),
         tests("BlockIO"),
         tests("NBDProtocol"),
         tests("BlockGraph"),

@@ -157,7 +157,7 @@ extension StorageDaemon {
     ]
 
     private static let nodeDefinitions: [String: SchemaDefinition] = [
-        "BlockdevDriver": .enumeration(driverOptions.map(\.name)),
+        "BlockdevDriver": .enumeration(registry.drivers.map(\.name)),
         "BlockdevOptions": .object(
             ObjectSchema(
                 [
@@ -168,7 +168,7 @@ extension StorageDaemon {
                     .optional("detect-zeroes", .named("BlockdevDetectZeroesOptions")),
                     .optional("cache", .named("BlockdevCacheOptions")),
                 ], tag: "driver",
-                variants: driverOptions.map { .init($0.name, "BlockdevOptions-\($0.name)") },
+                variants: registry.drivers.map { .init($0.name, "BlockdevOptions-\($0.name)") },
                 isCheckedByReceiver: true)),
         "BlockdevRef": .alternate([.named("BlockdevOptions"), .string]),
         "BlockdevRefOrNull": .alternate([.named("BlockdevOptions"), .string, .null]),
@@ -202,20 +202,15 @@ extension StorageDaemon {
                 .required("nodes", .array(.any)), .required("edges", .array(.any)),
             ])),
     ].merging(
-        driverOptions.map {
-            ("BlockdevOptions-\($0.name)", .object(ObjectSchema($0.options)))
+        registry.drivers.map { driver in
+            let options = driverOptions.first { $0.name == driver.name }?.options ?? []
+            return ("BlockdevOptions-\(driver.name)", .object(ObjectSchema(options)))
         }, uniquingKeysWith: { first, _ in first })
 
     /// What each driver takes beside the options of every node.
     static let driverOptions: [(name: String, options: [SchemaMember])] = [
-        ("file", fileOptions), ("host_device", fileOptions),
-        (
-            "null-co",
-            [
-                .optional("size", .integer), .optional("latency-ns", .integer),
-                .optional("read-zeroes", .boolean),
-            ]
-        ),
+        ("file", fileOptions), ("host_device", fileOptions), ("null-co", nullOptions),
+        ("null-aio", nullOptions),
         (
             "raw",
             [
@@ -245,6 +240,11 @@ extension StorageDaemon {
             ]
         ),
         ("snapshot-access", [.required("file", .named("BlockdevRef"))]),
+    ]
+
+    private static let nullOptions: [SchemaMember] = [
+        .optional("size", .integer), .optional("latency-ns", .integer),
+        .optional("read-zeroes", .boolean),
     ]
 
     private static let fileOptions: [SchemaMember] = [

@@ -1,0 +1,208 @@
+import BlockCore
+import Foundation
+import QMP
+import Testing
+
+@testable import StorageDaemon
+
+/// The daemon as its clients see it, over a socket.
+@Suite struct DaemonTests {
+    static let exported = [
+        "--blockdev", "driver=file,node-name=f,filename=$/disk", "--blockdev",
+        "raw,node-name=r,file=f", "--nbd-server", "addr.type=unix,addr.path=$/nbd", "--export",
+        "nbd,id=e,node-name=r,writable=on",
+    ]
+
+    // MARK: Life
+
+    @Test func theCommandLineSetsUpTheGraph() async throws {
+        try await TestDaemon.with(Self.exported + ["--pidfile", "$/pid"]) { daemon in
+            let client = try daemon.client()
+            #expect(
+                try client.execute("query-block-exports") == [
+                    ["id": "e", "type": "nbd", "node-name": "r", "shutting-down": false]
+                ])
+            let process = try String(contentsOfFile: "\(daemon.folder)/pid", encoding: .utf8)
+            #expect(process == "\(getpid())\n")
+            try client.execute("quit")
+            _ = daemon.waitForEnd()
+            #expect(client.line() != nil, "the end of the export is told")
+            #expect(client.line() == nil)
+            #expect(!FileManager.default.fileExists(atPath: "\(daemon.folder)/pid"))
+            #expect(!FileManager.default.fileExists(atPath: daemon.socketPath))
+        }
+    }
+
+    @Test(arguments: [
+        (["--blockdev", "raw,node-name=r,file=f"], "--blockdev: "),
+        (["--export", "nbd,id=e,node-name=r"], "--export: "),
+        (["--monitor", "none"], "--monitor: "),
+        (["--blockdev", "file,filename=$/disk"], "node-name"),
+        (["--object", "secret,id=s"], "'data' or 'file'"),
+        (["--chardev", "socket,id=x,server=on"], "path"),
+        (["--chardev", "pty,id=x"], "pty"),
+    ])
+    func aStepThatFailsEndsTheDaemonWithAnError(arguments: [String], part: String) async throws {
+        do {
+            try await TestDaemon.with(arguments) { _ in }
+            Issue.record("the daemon started")
+        } catch let error as BlockError {
+            #expect(error.description.contains(part), "\(error)")
+        }
+    }
+
+    // MARK: Clients
+
+    @Test func severalClientsHearTheSameEvents() async throws {
+        try await TestDaemon.with(Self.exported) { daemon in
+            let first = try daemon.client()
+            let second = try daemon.client()
+            let silent = try RawQMPClient(daemon.socketPath)
+            try first.execute("block-export-del", ["id": "e"])
+            for client in [first, second] {
+                let event = try client.event()
+                #expect(event["event"] == "BLOCK_EXPORT_DELETED")
+                #expect(event["data"] == ["id": "e"])
+            }
+            // Who has not negotiated hears the greeting alone.
+            #expect(try silent.message()["QMP"] != nil)
+            silent.send("{\"execute\": \"qmp_capabilities\"}")
+            #expect(try silent.message() == ["return": [:]])
+        }
+    }
+
+    @Test func pipelinedCommandsAreAnsweredInTheirOrder() async throws {
+        try await TestDaemon.with { daemon in
+            let client = try daemon.client()
+            let count = 3000
+            let reader = Task.detached { () -> [JSONValue?] in
+                (0..<count).map { _ in (try? client.message())?["id"] }
+            }
+            for index in 0..<count {
+                client.send("{\"execute\": \"query-version\", \"id\": \(index)}")
+            }
+            let identifiers = await reader.value
+            #expect(identifiers == (0..<count).map { .integer($0) })
+        }
+    }
+
+    @Test func garbageDisturbsNobody() async throws {
+        try await TestDaemon.with { daemon in
+            let client = try daemon.client()
+            let other = try daemon.client()
+            client.send("GET / HTTP/1.1\r\n\r\n\u{1}\u{2}}}}]]]\n")
+            #expect(try client.message()["error"]?["class"] == "GenericError")
+            client.send("{\"execute\": \"query-version\", \"id\": \"after\"}")
+            while try client.message()["id"] != "after" {}
+            #expect(try other.execute("query-block") == [])
+            // Gone in the middle of a document.
+            client.send("{\"execute\": \"qu")
+            client.endInput()
+            while client.line() != nil {}
+            #expect(try other.execute("query-jobs") == [])
+        }
+    }
+
+    @Test func aClientThatEndsItsInputStillGetsItsReplies() async throws {
+        try await TestDaemon.with { daemon in
+            let client = try daemon.client()
+            client.send("{\"execute\": \"query-version\"}{\"execute\": \"query-block\"}")
+            client.endInput()
+            #expect(try client.message()["return"]?["qemu"]?["major"] == 10)
+            #expect(try client.message()["return"] == [])
+            #expect(client.line() == nil)
+        }
+    }
+
+    @Test func qemusOwnClientDrivesTheDaemon() async throws {
+        try await TestDaemon.with(Self.exported) { daemon in
+            let script = """
+                import asyncio, sys
+                from qemu.qmp import QMPClient, ExecuteError
+                async def main():
+                    client = QMPClient('test')
+                    await client.connect(sys.argv[1])
+                    schema = await client.execute('query-qmp-schema')
+                    commands = await client.execute('query-commands')
+                    named = {entity['name'] for entity in schema}
+                    assert all(command['name'] in named for command in commands)
+                    try:
+                        await client.execute('no-such-command')
+                        assert False
+                    except ExecuteError as error:
+                        assert error.error_class == 'CommandNotFound', error
+                    await client.execute('block-export-del', {'id': 'e'})
+                    event = await asyncio.wait_for(client.events.get(), 30)
+                    assert event['event'] == 'BLOCK_EXPORT_DELETED', event
+                    await client.disconnect()
+                asyncio.run(main())
+                """
+            let root = URL(fileURLWithPath: #filePath).deletingLastPathComponent()
+                .deletingLastPathComponent().deletingLastPathComponent()
+            let process = Process()
+            process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
+            process.arguments = ["python3", "-c", script, daemon.socketPath]
+            process.environment = ProcessInfo.processInfo.environment.merging(
+                ["PYTHONPATH": "\(root.path)/.build/python"], uniquingKeysWith: { $1 })
+            try process.run()
+            process.waitUntilExit()
+            #expect(process.terminationStatus == 0)
+        }
+    }
+
+    // MARK: Objects
+
+    @Test func objectsAreMadeAndRemoved() async throws {
+        try await TestDaemon.with { daemon in
+            let client = try daemon.client()
+            try client.execute(
+                "object-add",
+                ["qom-type": "secret", "id": "s", "data": "Zm9v", "format": "base64"])
+            let again = try client.refusal(
+                "object-add", ["qom-type": "secret", "id": "s", "data": "x"])
+            #expect(again.contains("already"))
+            try client.execute("object-del", ["id": "s"])
+            #expect(try client.refusal("object-del", ["id": "s"]).contains("'s'"))
+            let unknown = try client.refusal("object-add", ["qom-type": "secrt", "id": "s"])
+            #expect(unknown.contains("secret"))
+        }
+    }
+
+    @Test func theServerRefusesCredentialsThatAreNotThere() async throws {
+        try await TestDaemon.with { daemon in
+            let client = try daemon.client()
+            let reason = try client.refusal(
+                "nbd-server-start",
+                [
+                    "addr": ["type": "unix", "data": ["path": .string("\(daemon.folder)/n")]],
+                    "tls-creds": "none",
+                ])
+            #expect(reason.contains("'none'"))
+            let missing = try client.refusal(
+                "object-add",
+                [
+                    "qom-type": "tls-creds-x509", "id": "t", "endpoint": "server",
+                    "dir": .string(daemon.folder),
+                ])
+            #expect(missing.contains("ca-cert.pem"))
+        }
+    }
+
+    @Test func aJobOfCreationMakesAnImage() async throws {
+        try await TestDaemon.with { daemon in
+            let client = try daemon.client()
+            let path = "\(daemon.folder)/made"
+            try client.execute(
+                "blockdev-create",
+                [
+                    "job-id": "j",
+                    "options": ["driver": "file", "filename": .string(path), "size": 65536],
+                ])
+            var status: JSONValue?
+            while status != "concluded" { status = try client.event()["data"]?["status"] }
+            try client.execute("job-dismiss", ["id": "j"])
+            let size = try FileManager.default.attributesOfItem(atPath: path)[.size] as? Int
+            #expect(size == 65536)
+        }
+    }
+}
