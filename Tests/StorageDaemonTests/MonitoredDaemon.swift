@@ -8,7 +8,7 @@ import Testing
 @testable import StorageDaemon
 
 /// A daemon on a thread of its own, with its files and sockets in a private directory.
-final class TestDaemon: Sendable {
+final class MonitoredDaemon: Sendable {
     let folder: String
     private let outcome = Mutex<Result<Void, BlockError>?>(nil)
 
@@ -17,9 +17,9 @@ final class TestDaemon: Sendable {
     /// Runs `body` beside a daemon with a monitor at ``socketPath`` and what `arguments` say; `$` in
     /// them stands for the directory. Asks the daemon to end afterwards, and expects it to end well.
     static func with(
-        _ arguments: [String] = [], _ body: (TestDaemon) async throws -> Void
+        _ arguments: [String] = [], _ body: (MonitoredDaemon) async throws -> Void
     ) async throws {
-        let daemon = try TestDaemon()
+        let daemon = try MonitoredDaemon()
         defer { try? FileManager.default.removeItem(atPath: daemon.folder) }
         try daemon.start(arguments)
         do {
@@ -37,7 +37,7 @@ final class TestDaemon: Sendable {
         folder = "/tmp/merino-daemon-\(getpid())-\(UInt32.random(in: 0 ... .max))"
         try FileManager.default.createDirectory(
             atPath: folder, withIntermediateDirectories: true)
-        FileManager.default.createFile(
+        _ = FileManager.default.createFile(
             atPath: "\(folder)/disk", contents: Data(count: 1 << 20))
     }
 
@@ -127,7 +127,7 @@ final class RawQMPClient {
         var bytes = Array(text.utf8)[...]
         while !bytes.isEmpty {
             let count = bytes.withUnsafeBytes {
-                Foundation.send(descriptor, $0.baseAddress, $0.count, Int32(MSG_NOSIGNAL.rawValue))
+                Foundation.send(descriptor, $0.baseAddress, $0.count, Int32(MSG_NOSIGNAL))
             }
             guard count > 0 else { return }
             bytes = bytes.dropFirst(count)
