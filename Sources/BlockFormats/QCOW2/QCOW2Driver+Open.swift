@@ -1,0 +1,282 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import QMP
+
+extension QCOW2Driver {
+    public static let driver = DriverDescription(
+        name: "qcow2", kind: .format,
+        open: { opening throws(BlockError) in try await QCOW2Driver.open(opening) },
+        create: { creation throws(BlockError) in try await QCOW2Creation.create(creation) },
+        probe: { start in
+            guard start.count >= 8, start.bigEndian(at: 0, as: UInt32.self) == QCOW2.magic else {
+                return 0
+            }
+            let version: UInt32 = start.bigEndian(at: 4)
+            return version == 2 || version == 3 ? 100 : 0
+        },
+        supportsBacking: true)
+
+    static func open(_ opening: NodeOpening) async throws(BlockError) -> QCOW2Driver {
+        let node = opening.node
+        let file = try await opening.requiredChild("file", roles: .image)
+        if file.node.isReadOnly, !node.isReadOnly {
+            guard node.options.autoReadOnly else {
+                throw BlockError(
+                    .readOnly, "'\(file.node.name)' is read-only", remedy: "open with read-only=on")
+            }
+            node.setReadOnly()
+        }
+        let header = try await readHeader(file)
+        try checkUse(header, node)
+        let options = try QCOW2Options(
+            reading: opening.options, header, discards: node.options.discards)
+        let image = QCOW2Image(node, file, header)
+        image.overlapCheck = options.overlapCheck
+        image.l1 = try await readTable(file, header.l1Offset, header.l1EntryCount)
+        var refcountTable: [UInt64] = []
+        if !node.isReadOnly {
+            refcountTable = try await readTable(
+                file, header.refcountTableOffset,
+                header.refcountTableClusters << (header.clusterBits - 3))
+            try checkTables(image, refcountTable)
+        }
+        _ = try await opening.child(
+            "backing", roles: .cow, fallback: try await backingOptions(header, opening, file))
+        let driver = QCOW2Driver(opening, file, image, options, refcountTable: refcountTable)
+        if !node.isReadOnly { try await driver.prepareWriting() }
+        driver.startCleaning()
+        return driver
+    }
+
+    private static func readHeader(_ file: Edge) async throws(BlockError) -> QCOW2.Header {
+        func read(_ count: Int) async throws(BlockError) -> [UInt8] {
+            let vector = try IOVector(allocating: min(count, file.size))
+            try await file.read(0, into: vector)
+            return vector.array
+        }
+        var start = try await read(4096)
+        func parse<T>(
+            _ body: (UnsafeRawBufferPointer) throws(BlockError) -> T
+        ) throws(BlockError) -> T {
+            // A typed error does not pass through the closure of `withUnsafeBytes`.
+            let result = start.withUnsafeBytes { bytes -> Result<T, BlockError> in
+                do throws(BlockError) {
+                    return .success(try body(bytes))
+                } catch {
+                    return .failure(error)
+                }
+            }
+            return try result.get()
+        }
+        let bits = try parse { bytes throws(BlockError) in try QCOW2.Header.clusterBits(of: bytes) }
+        if bits > 12 { start = try await read(1 << bits) }
+        start = Array(start.prefix(1 << bits))
+        return try parse { bytes throws(BlockError) in
+            try QCOW2.Header(parsing: bytes, fileSize: file.size)
+        }
+    }
+
+    /// What may be done with an image depends on how it is opened.
+    private static func checkUse(_ header: QCOW2.Header, _ node: BlockNode) throws(BlockError) {
+        if node.isReadOnly { return }
+        if header.incompatible.contains(.corrupt) {
+            throw BlockError(
+                .corrupt, "the image is marked corrupt and cannot be written",
+                remedy: "repair it, or open it with read-only=on")
+        }
+        if header.snapshotCount > 0 {
+            throw BlockError(
+                .unsupported,
+                "the image has \(header.snapshotCount) internal snapshots; writing "
+                    + "such images is not supported", remedy: "open it with read-only=on")
+        }
+        if header.hasBitmaps {
+            throw BlockError(
+                .unsupported,
+                "the image has persistent dirty bitmaps; writing such images is not "
+                    + "supported", remedy: "open it with read-only=on")
+        }
+    }
+
+    private static func readTable(
+        _ file: Edge, _ offset: Int, _ count: Int
+    ) async throws(BlockError) -> [UInt64] {
+        if count == 0 { return [] }
+        let vector = try IOVector(allocating: count * 8)
+        let there = max(0, min(vector.count, file.size - offset))
+        vector.zero(there, vector.count - there)
+        if there > 0 { try await file.read(offset, into: vector.slice(0, there)) }
+        guard let bytes = vector.single?.bytes else { return [] }
+        let raw = UnsafeRawBufferPointer(bytes)
+        return (0..<count).map { raw.bigEndian(at: $0 * 8) }
+    }
+
+    /// Tables of an image that will be written must be where tables can be.
+    private static func checkTables(
+        _ image: QCOW2Image, _ refcountTable: [UInt64]
+    ) throws(BlockError) {
+        for entry in image.l1 {
+            let offset = QCOW2.L1Entry(rawValue: entry).offset
+            if offset == 0 { continue }
+            guard offset.isAligned(to: image.geometry.clusterSize) else {
+                throw BlockError(.corrupt, "an L2 table is at \(offset), which is no cluster")
+            }
+            image.addTable(at: offset)
+        }
+        for entry in refcountTable {
+            guard entry < UInt64(QCOW2.Limit.hostOffsetMax),
+                Int(entry).isAligned(to: image.geometry.clusterSize)
+            else {
+                throw BlockError(.corrupt, "a refcount block is at \(entry), which is no cluster")
+            }
+        }
+    }
+
+    // MARK: Backing
+
+    /// The options that open the backing file that the image names.
+    private static func backingOptions(
+        _ header: QCOW2.Header, _ opening: NodeOpening, _ file: Edge
+    ) async throws(BlockError) -> JSONValue? {
+        if header.backingName.isEmpty { return nil }
+        if try opening.options.value("backing") != nil { return nil }
+        let name = String(decoding: header.backingName, as: UTF8.self)
+        guard !opening.node.options.isUntrusted else {
+            throw BlockError(
+                .permissionDenied,
+                "the image names the backing file '\(name)', which is not followed "
+                    + "in images that are not trusted",
+                remedy: "give 'backing' explicitly, null for none")
+        }
+        if name.hasPrefix("json:") { return try JSONParser.parse(String(name.dropFirst(5))) }
+        if let colon = name.firstIndex(of: ":"), !name[..<colon].contains("/"),
+            !name.hasPrefix("file:")
+        {
+            throw BlockError(
+                .unsupported, "the backing file '\(name)' is not a local file",
+                remedy: "open it as a node and give its name as 'backing'")
+        }
+        let path = resolve(name, beside: file.node.driver.filename)
+        do throws(BlockError) {
+            return try await options(
+                forPath: path, format: header.backingFormat, opening)
+        } catch {
+            throw error.doing("cannot open the backing file '\(path)'")
+        }
+    }
+
+    /// Relative names are relative to the image's folder.
+    static func resolve(_ name: String, beside image: String) -> String {
+        let plain = name.hasPrefix("file:") ? String(name.dropFirst(5)) : name
+        if plain.hasPrefix("/") { return plain }
+        guard let slash = image.lastIndex(of: "/"), !image.hasPrefix("json:") else { return plain }
+        return image[...slash] + plain
+    }
+
+    private static func options(
+        forPath path: String, format: String?, _ opening: NodeOpening
+    ) async throws(BlockError) -> JSONValue {
+        let file = try await File.open(path, FileOptions(writable: false), on: opening.thread)
+        var driver = format
+        var isDevice = false
+        do throws(BlockError) {
+            isDevice = try await file.status().kind == .blockDevice
+            if driver == nil {
+                let start = try IOVector(allocating: 4096)
+                let count = try await file.read(start, at: 0)
+                driver = start.slice(0, count).array.withUnsafeBytes {
+                    opening.graph.registry.probe($0)
+                }
+            }
+        } catch {
+            await file.close()
+            throw error
+        }
+        await file.close()
+        return [
+            "driver": .string(driver ?? "raw"),
+            "file": [
+                "driver": isDevice ? "host_device" : "file", "filename": .string(path),
+            ],
+        ]
+    }
+
+    // MARK: Start
+
+    /// Makes an image that was just opened ready to be written.
+    private func prepareWriting() async throws(BlockError) {
+        var changesHeader = false
+        let unknown = image.header.autoclear.subtracting(.known)
+        if !unknown.isEmpty {
+            image.header.autoclear.subtract(unknown)
+            changesHeader = true
+        }
+        if image.header.incompatible.contains(.dirty) {
+            try await rebuildRefcounts()
+            image.header.incompatible.remove(.dirty)
+            changesHeader = true
+        }
+        if changesHeader {
+            try await image.writeHeader()
+            try await file.flush()
+        }
+    }
+
+    /// Drops unused tables from memory now and then.
+    private func startCleaning() {
+        guard options.cacheCleanInterval > 0 else { return }
+        let timer = IOTimer(on: thread)
+        cleaner = timer
+        let nanoseconds = UInt64(options.cacheCleanInterval) * 1_000_000_000
+        clean(after: nanoseconds, timer)
+    }
+
+    private func clean(after nanoseconds: UInt64, _ timer: IOTimer) {
+        thread.spawn { [weak self] in
+            guard await timer.wait(nanoseconds: nanoseconds), let self else { return }
+            l2.dropUnused()
+            refcounts.dropUnused()
+            startCleaning()
+        }
+    }
+
+    // MARK: Information
+
+    public var information: NodeInformation {
+        get async throws(BlockError) {
+            let header = image.header
+            var result = NodeInformation()
+            result.clusterSize = geometry.clusterSize
+            result.isDirty = header.incompatible.contains(.dirty)
+            result.isCorrupt = header.incompatible.contains(.corrupt)
+            var data: JSONObject = ["compat": header.version == 3 ? "1.1" : "0.10"]
+            data["compression-type"] = header.compression == .zlib ? "zlib" : "zstd"
+            if header.version == 3 {
+                data["lazy-refcounts"] = .bool(header.compatible.contains(.lazyRefcounts))
+            }
+            data["refcount-bits"] = .integer(1 << header.refcountOrder)
+            if header.version == 3 {
+                data["corrupt"] = .bool(result.isCorrupt)
+                data["extended-l2"] = false
+            }
+            result.formatSpecific = ["type": "qcow2", "data": .object(data)]
+            return result
+        }
+    }
+
+    /// The backing file's name as the image has it; `nil` when it has none.
+    public var backingFileName: String? {
+        image.header.backingName.isEmpty
+            ? nil : String(decoding: image.header.backingName, as: UTF8.self)
+    }
+
+    /// The backing file's format as the image has it.
+    public var backingFileFormat: String? { image.header.backingFormat }
+
+    /// Called once, with what was found, when the image turns out to be corrupt.
+    public var corruptionHook: ((String) -> Void)? {
+        get { image.corruptionHook }
+        set { image.corruptionHook = newValue }
+    }
+}

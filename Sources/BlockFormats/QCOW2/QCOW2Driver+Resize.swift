@@ -1,0 +1,165 @@
+import BlockCore
+import BlockGraph
+
+extension QCOW2Driver {
+    public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {
+        try checkWritable()
+        guard size <= geometry.sizeMax else {
+            throw BlockError(
+                .invalidArgument,
+                "a disk of \(SizeText.format(size)) is too large for clusters of "
+                    + "\(geometry.clusterSize) bytes")
+        }
+        let old = node.size
+        if size < old {
+            guard preallocation == .off else {
+                throw BlockError(.invalidArgument, "preallocation is for growing only")
+            }
+            try await shrink(from: old, to: size)
+        } else if size > old {
+            try await grow(from: old, to: size, preallocation)
+        }
+    }
+
+    // MARK: Grow
+
+    private func grow(
+        from old: Int, to size: Int, _ preallocation: Preallocation
+    ) async throws(BlockError) {
+        let entries = geometry.l1EntryCount(for: size)
+        if entries > image.l1.count { try await growL1(to: entries) }
+        // What a backing image or a stale cluster has there must not show.
+        node.size = size
+        do throws(BlockError) {
+            try await hide(from: old, to: size)
+            if preallocation != .off {
+                try await preallocate(from: old, to: size, preallocation)
+            }
+            try await commit()
+            image.header.size = size
+            try await image.writeHeader()
+            try await file.flush()
+        } catch {
+            node.size = old
+            image.header.size = old
+            throw error
+        }
+    }
+
+    /// Zeroes `[old, size)` where something else would be read.
+    private func hide(from old: Int, to size: Int) async throws(BlockError) {
+        let clusterEnd = min(size, (old + geometry.clusterSize - 1) & ~(geometry.clusterSize - 1))
+        if old < clusterEnd, let slice = try await slice(at: old), !readsAsZeroes(slice, old) {
+            let zeroes = try IOVector(allocating: clusterEnd - old)
+            zeroes.fill(0)
+            try await write(old, from: zeroes, [])
+        }
+        guard let backing = node.backing, backing.size > clusterEnd, clusterEnd < size else {
+            return
+        }
+        let range = ByteRange(from: clusterEnd, to: min(size, backing.size))
+        if hasZeroFlag {
+            // Whole clusters: what follows the backing image's end is new too.
+            try await changeEntries(
+                (
+                    range.offset,
+                    (range.end + geometry.clusterSize - 1) & ~(geometry.clusterSize - 1)
+                ),
+                makesTables: true
+            ) { _, _ in .init(rawValue: QCOW2.L2Entry.zeroFlag) }
+        } else {
+            let zeroes = try IOVector(allocating: min(range.count, 1 << 20))
+            zeroes.fill(0)
+            var offset = range.offset
+            while offset < range.end {
+                let count = min(zeroes.count, range.end - offset)
+                try await write(offset, from: zeroes.slice(0, count), [])
+                offset += count
+            }
+        }
+    }
+
+    /// Moves the L1 table to where it has room.
+    private func growL1(to entries: Int) async throws(BlockError) {
+        let bits = geometry.clusterBits
+        // As many as its clusters hold.
+        let clusters = geometry.clusterCount(for: entries * 8)
+        let place = try await refcounts.allocate(exactly: clusters)
+        var table = image.l1
+        table.append(contentsOf: [UInt64](repeating: 0, count: entries - table.count))
+        let padding = (clusters << (bits - 3)) - entries
+        let bytes = QCOW2Refcounts.bigEndian(
+            (table + [UInt64](repeating: 0, count: padding))[...])
+        // On disk the new table names only what the old one did and what is durable.
+        try await commit()
+        try await file.write(place.offset, from: try QCOW2Image.vector(bytes))
+        try await refcounts.writeBlocks()
+        try await file.flush()
+        let old = (image.header.l1Offset, geometry.clusterCount(for: image.l1.count * 8))
+        image.header.l1Offset = place.offset
+        image.header.l1EntryCount = entries
+        do throws(BlockError) {
+            try await image.writeHeader()
+            try await file.flush()
+        } catch {
+            throw await image.corruption("a larger L1 table could not be put in place")
+        }
+        image.l1 = table
+        try await refcounts.release(old.0 >> bits, old.1)
+    }
+
+    /// Gives every cluster of `[old, size)` a place.
+    private func preallocate(
+        from old: Int, to size: Int, _ preallocation: Preallocation
+    ) async throws(BlockError) {
+        let bits = geometry.clusterBits
+        var cluster = (old + geometry.clusterSize - 1) >> bits
+        let end = (size + geometry.clusterSize - 1) >> bits
+        while cluster < end {
+            let slice = try await writableSlice(at: cluster << bits)
+            let mask = 1 << sliceEntryBits - 1
+            let wanted = min(end - cluster, mask + 1 - cluster & mask)
+            slice.pinCount += 1
+            defer { slice.pinCount -= 1 }
+            let place = try await refcounts.allocate(upTo: wanted)
+            let range = ByteRange(place.offset, place.count << bits)
+            // Clusters that were used before hold old data; so do those that are to be written.
+            if !place.isFresh || preallocation != .metadata {
+                try await file.writeZeroes(range)
+            }
+            for step in 0..<place.count {
+                let index = (cluster + step) & mask
+                let entry = QCOW2.L2Entry(cluster: place.offset + step << bits)
+                replaced(.init(rawValue: slice[index]), by: entry, discards: false)
+                slice[index] = entry.rawValue
+            }
+            l2.markDirty(slice)
+            hasNewLinks = true
+            cluster += place.count
+        }
+    }
+
+    // MARK: Shrink
+
+    private func shrink(from old: Int, to size: Int) async throws(BlockError) {
+        let mask = geometry.clusterSize - 1
+        let start = (size + mask) & ~mask
+        let end = (old + mask) & ~mask
+        // The smaller size first: were it the other way round, a crash would leave holes in the disk.
+        image.header.size = size
+        do throws(BlockError) {
+            try await image.writeHeader()
+            try await file.flush()
+        } catch {
+            image.header.size = old
+            throw error
+        }
+        node.size = size
+        if start < end {
+            try await changeEntries((start, end), makesTables: false) { _, _ in
+                .init(rawValue: 0)
+            }
+        }
+        try await commit()
+    }
+}

@@ -1,0 +1,200 @@
+import BlockCore
+import BlockGraph
+
+extension QCOW2Driver {
+    // MARK: Zeroes
+
+    public func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
+        try checkWritable()
+        let unmaps = flags.contains(.mayUnmap)
+        if !hasZeroFlag, !unmaps || node.backing != nil {
+            throw BlockError(.unsupported, "version 2 of qcow2 has no clusters of zeroes")
+        }
+        let inner = wholeClusters(range)
+        guard inner.offset < inner.end else {
+            try await zeroPart(range, flags)
+            return
+        }
+        if range.offset < inner.offset {
+            try await zeroPart(ByteRange(from: range.offset, to: inner.offset), flags)
+        }
+        let keepsClusters = !unmaps || options.discardNoUnref
+        let hasZeroFlag = hasZeroFlag
+        try await changeEntries(inner, makesTables: node.backing != nil) { old, hasBacking in
+            let kind = old.kind(hasZeroFlag: hasZeroFlag)
+            if kind == .unallocated, !hasBacking { return old }
+            if !hasZeroFlag { return .init(rawValue: 0) }
+            if keepsClusters, old.isCopied, kind == .normal || kind == .zeroAllocated {
+                return .init(rawValue: old.rawValue | QCOW2.L2Entry.zeroFlag)
+            }
+            return .init(rawValue: QCOW2.L2Entry.zeroFlag)
+        }
+        if inner.end < range.end {
+            try await zeroPart(ByteRange(from: inner.end, to: range.end), flags)
+        }
+        try await commitIfMuchRemoved()
+    }
+
+    /// The clusters that lie within `range`; the last one of the disk counts up to the disk's end.
+    private func wholeClusters(_ range: ByteRange) -> (offset: Int, end: Int) {
+        let size = geometry.clusterSize
+        let start = (range.offset + size - 1) & ~(size - 1)
+        let end =
+            range.end == node.size ? (range.end + size - 1) & ~(size - 1) : range.end & ~(size - 1)
+        return (start, end)
+    }
+
+    /// Zeroes a part of one cluster, or of two neighbours, by writing, unless it is zeroes already.
+    private func zeroPart(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
+        var offset = range.offset
+        while offset < range.end {
+            let end = min(range.end, offset | (geometry.clusterSize - 1) + 1)
+            let isZero: Bool
+            if let slice = try await slice(at: offset) {
+                isZero =
+                    conflict(offset >> geometry.clusterBits) == nil && readsAsZeroes(slice, offset)
+            } else {
+                isZero = !hasBacking(from: offset & ~(geometry.clusterSize - 1))
+            }
+            if !isZero {
+                if flags.contains(.noFallback) {
+                    throw BlockError(.unsupported, "parts of clusters are zeroed by writing")
+                }
+                let zeroes = try IOVector(allocating: end - offset)
+                zeroes.fill(0)
+                try await write(offset, from: zeroes, [])
+            }
+            offset = end
+        }
+    }
+
+    // MARK: Discard
+
+    public func discard(_ range: ByteRange) async throws(BlockError) {
+        try checkWritable()
+        if !hasZeroFlag, hasBacking(from: range.offset) {
+            throw BlockError(
+                .unsupported, "in version 2 of qcow2 a discard would show the backing image's data")
+        }
+        let inner = wholeClusters(range)
+        guard inner.offset < inner.end else { return }
+        let hasZeroFlag = hasZeroFlag
+        let keepsClusters = options.discardNoUnref
+        try await changeEntries(inner, makesTables: node.backing != nil) { old, hasBacking in
+            let kind = old.kind(hasZeroFlag: hasZeroFlag)
+            if kind == .unallocated, !hasBacking { return old }
+            if !hasZeroFlag { return .init(rawValue: 0) }
+            if keepsClusters, old.isCopied, kind == .normal || kind == .zeroAllocated {
+                return .init(rawValue: old.rawValue | QCOW2.L2Entry.zeroFlag)
+            }
+            return .init(rawValue: QCOW2.L2Entry.zeroFlag)
+        }
+        try await commitIfMuchRemoved()
+    }
+
+    // MARK: Entries
+
+    /// Changes the entries of whole clusters.
+    ///
+    /// - Parameters:
+    ///   - range: from a cluster's start to a cluster's end.
+    ///   - makesTables: an L2 table is made where there is none and a backing image shows through.
+    ///   - change: the new entry for an old one; it is told whether a backing image reaches there.
+    func changeEntries(
+        _ range: (offset: Int, end: Int), makesTables: Bool,
+        _ change: (QCOW2.L2Entry, Bool) -> QCOW2.L2Entry
+    ) async throws(BlockError) {
+        let bits = geometry.clusterBits
+        let coverage = 1 << geometry.l2CoverageBits
+        var offset = range.offset
+        while offset < range.end {
+            let index = offset >> geometry.l2CoverageBits
+            if QCOW2.L1Entry(rawValue: image.l1[index]).offset == 0, tablesInCreation[index] == nil,
+                !makesTables || !hasBacking(from: offset)
+            {
+                offset = (offset & ~(coverage - 1)) + coverage
+                continue
+            }
+            let slice = try await writableSlice(at: offset)
+            if let other = conflict(offset >> bits) {
+                await other.queue.wait()
+                continue
+            }
+            let end = min(range.end, offset | (1 << sliceShift - 1) + 1)
+            var isChanged = false
+            while offset < end, conflict(offset >> bits) == nil {
+                let entry = (offset >> bits) & (1 << sliceEntryBits - 1)
+                let old = QCOW2.L2Entry(rawValue: slice[entry])
+                let new = change(old, hasBacking(from: offset))
+                if new != old {
+                    replaced(old, by: new, discards: options.passDiscardRequest)
+                    slice[entry] = new.rawValue
+                    isChanged = true
+                }
+                offset += 1 << bits
+            }
+            if isChanged { l2.markDirty(slice) }
+        }
+    }
+
+    // MARK: Status
+
+    public func blockStatus(
+        _ range: ByteRange, precise: Bool
+    ) async throws(BlockError) -> BlockStatus {
+        var total: Run?
+        var offset = range.offset
+        var slicesLeft = Self.statusSliceCountMax
+        while offset < range.end, slicesLeft > 0 {
+            let next: Run
+            if let slice = try await slice(at: offset) {
+                next = run(slice, offset, range.end - offset)
+                slicesLeft -= 1
+            } else {
+                let coverage = 1 << geometry.l2CoverageBits
+                let count = min(range.end - offset, coverage - offset & (coverage - 1))
+                next = Run(kind: .unallocated, host: 0, count: count, isCopied: false)
+            }
+            guard var whole = total else {
+                total = next
+                offset += next.count
+                continue
+            }
+            let follows: Bool
+            switch whole.kind {
+            case .normal, .zeroAllocated:
+                follows = next.kind == whole.kind && next.host == whole.host + whole.count
+            case .unallocated, .zeroPlain, .compressed:
+                follows = next.kind == whole.kind
+            }
+            if !follows { break }
+            whole.count += next.count
+            total = whole
+            offset += next.count
+        }
+        guard let total else { return BlockStatus([], count: range.count) }
+        return status(of: total)
+    }
+
+    /// Slices that one question about status looks at.
+    static let statusSliceCountMax = 256
+
+    private func status(of run: Run) -> BlockStatus {
+        switch run.kind {
+        case .unallocated:
+            return BlockStatus([], count: run.count)
+        case .normal:
+            return BlockStatus(
+                [.data, .allocated], count: run.count,
+                mapping: .init(node: file.node, offset: run.host), asksChild: true)
+        case .compressed:
+            return BlockStatus([.data, .allocated, .compressed], count: run.count)
+        case .zeroPlain:
+            return BlockStatus([.zero, .allocated], count: run.count)
+        case .zeroAllocated:
+            return BlockStatus(
+                [.zero, .allocated], count: run.count,
+                mapping: .init(node: file.node, offset: run.host))
+        }
+    }
+}

@@ -1,0 +1,139 @@
+import BlockCore
+import BlockGraph
+
+/// What all parts of an open image share: its file, header and L1 table, and whether it may be
+/// written. Confined to the graph's thread.
+final class QCOW2Image {
+    /// Which structures a write is checked against (`overlap-check`).
+    enum OverlapCheck: String, Sendable, CaseIterable { case none, constant, cached, all }
+
+    unowned let node: BlockNode
+    let file: Edge
+    var header: QCOW2.Header
+    let geometry: QCOW2.Geometry
+    /// In host order.
+    var l1: [UInt64] = []
+    var overlapCheck = OverlapCheck.cached
+    /// Clusters of L2 tables and refcount blocks, by cluster number.
+    private var tableClusters = Set<Int>()
+    /// Set once the image is found corrupt: nothing is written any more.
+    private(set) var writeFailure: BlockError?
+    /// Told once, with what was found.
+    var corruptionHook: ((String) -> Void)?
+    private var growing: QCOW2WaitQueue?
+    /// From here on the file was grown by this driver: bytes that nobody wrote are zeroes.
+    private(set) var grownFrom: Int
+    private(set) var hasGrown = false
+
+    init(_ node: BlockNode, _ file: Edge, _ header: QCOW2.Header) {
+        self.node = node
+        self.file = file
+        self.header = header
+        geometry = header.geometry
+        grownFrom = file.size
+    }
+
+    // MARK: Header
+
+    /// Writes the header as it stands. Durable only after a flush.
+    func writeHeader() async throws(BlockError) {
+        let bytes = try header.serialised()
+        var padded = bytes
+        // Whole sectors: what followed an earlier, longer header goes.
+        let length = min((bytes.count + 511) & ~511, geometry.clusterSize)
+        padded.append(contentsOf: [UInt8](repeating: 0, count: length - bytes.count))
+        let vector = try Self.vector(padded)
+        try await file.write(0, from: vector)
+    }
+
+    static func vector(_ bytes: [UInt8]) throws(BlockError) -> IOVector {
+        let vector = try IOVector(allocating: bytes.count)
+        bytes.withUnsafeBytes { vector.copy(from: $0) }
+        return vector
+    }
+
+    // MARK: Size of the file
+
+    /// Grows the file so that `[0, end)` can be written.
+    ///
+    /// In steps: growing waits for the writes that are in flight below.
+    func ensureSize(_ end: Int) async throws(BlockError) {
+        while end > file.size {
+            if let growing {
+                await growing.wait()
+                continue
+            }
+            let queue = QCOW2WaitQueue()
+            growing = queue
+            defer {
+                growing = nil
+                queue.wakeAll()
+            }
+            let step = min(max(1 << 20, file.size / 4), 256 << 20)
+            guard let wanted = end.adding(step)?.roundedDown(to: geometry.clusterSize) else {
+                throw BlockError(.noSpace, "the image file has no room to grow")
+            }
+            do throws(BlockError) {
+                try await file.resize(to: max(end, wanted))
+            } catch  where error.code == .unsupported {
+                throw BlockError(
+                    .noSpace,
+                    "the image needs \(end) bytes, '\(file.node.name)' has \(file.size) "
+                        + "and cannot grow", remedy: "give it a larger device")
+            }
+            hasGrown = true
+        }
+    }
+
+    // MARK: Corruption
+
+    func addTable(at offset: Int) { tableClusters.insert(offset >> geometry.clusterBits) }
+    func removeTable(at offset: Int) { tableClusters.remove(offset >> geometry.clusterBits) }
+
+    /// The structure that a write of data at `[host, host + count)` would destroy.
+    @inline(__always)
+    func overlap(_ host: Int, _ count: Int) -> String? {
+        if overlapCheck == .none { return nil }
+        if host < geometry.clusterSize { return "header" }
+        let range = ByteRange(host, count)
+        if range.overlaps(ByteRange(header.l1Offset, l1.count << 3)) { return "L1 table" }
+        let bytes = header.refcountTableClusters << geometry.clusterBits
+        if range.overlaps(ByteRange(header.refcountTableOffset, bytes)) { return "refcount table" }
+        if overlapCheck == .constant { return nil }
+        let last = (host + count - 1) >> geometry.clusterBits
+        var cluster = host >> geometry.clusterBits
+        while cluster <= last {
+            if tableClusters.contains(cluster) { return "table of the image" }
+            cluster += 1
+        }
+        return nil
+    }
+
+    /// Refuses to write data over the image's own structures, and marks the image corrupt.
+    @inline(__always)
+    func checkOverlap(_ host: Int, _ count: Int) async throws(BlockError) {
+        if let name = overlap(host, count) {
+            throw await corruption(
+                "a write of data at \(host) in the file would overwrite the \(name)")
+        }
+    }
+
+    /// Marks the image corrupt on disk and refuses writes from now on.
+    ///
+    /// - Returns: the error to throw.
+    func corruption(_ message: String) async -> BlockError {
+        let error = BlockError(
+            .corrupt, message, remedy: "check and repair the image", node: node.name)
+        guard !node.isReadOnly, writeFailure == nil else { return error }
+        writeFailure = BlockError(
+            .corrupt, "the image was found corrupt and is read-only now: \(message)",
+            remedy: "check and repair the image", node: node.name)
+        corruptionHook?(message)
+        guard header.version == 3 else { return error }
+        header.incompatible.insert(.corrupt)
+        // The image is refused from here on whether this works or not.
+        try? await writeHeader()
+        try? await file.flush()
+        return error
+    }
+}

@@ -1,0 +1,145 @@
+import BlockCore
+import BlockFormats
+import BlockGraph
+import BlockIO
+import BlockProtocols
+import Foundation
+import QMP
+import Testing
+
+/// A private folder with images, and the peers' tools to make and judge them.
+final class QCOW2TestFolder: Sendable {
+    let path: String
+
+    init() throws {
+        path = NSTemporaryDirectory() + "merino-qcow2-\(UUID().uuidString)"
+        try FileManager.default.createDirectory(
+            atPath: path, withIntermediateDirectories: true)
+    }
+
+    deinit { try? FileManager.default.removeItem(atPath: path) }
+
+    subscript(name: String) -> String { "\(path)/\(name)" }
+
+    struct ToolFailure: Error, CustomStringConvertible {
+        var description: String
+    }
+
+    /// Runs a tool in the folder.
+    /// - Returns: what it wrote to standard output.
+    @discardableResult
+    func run(_ arguments: [String], status expected: Int32 = 0) throws -> String {
+        let process = Process()
+        process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
+        process.arguments = arguments
+        process.currentDirectoryURL = URL(fileURLWithPath: path)
+        let output = Pipe()
+        process.standardOutput = output
+        process.standardError = output
+        try process.run()
+        let data = output.fileHandleForReading.readDataToEndOfFile()
+        process.waitUntilExit()
+        let text = String(decoding: data, as: UTF8.self)
+        guard process.terminationStatus == expected else {
+            throw ToolFailure(
+                description: "\(arguments.joined(separator: " ")): "
+                    + "status \(process.terminationStatus): \(text)")
+        }
+        return text
+    }
+
+    /// Passes when `qemu-img check` finds neither errors nor leaks.
+    func check(_ name: String) throws {
+        try run(["qemu-img", "check", "-f", "qcow2", name])
+    }
+
+    func bytes(_ name: String) throws -> [UInt8] {
+        [UInt8](try Data(contentsOf: URL(fileURLWithPath: self[name])))
+    }
+
+    func write(_ bytes: [UInt8], _ name: String) throws {
+        try Data(bytes).write(to: URL(fileURLWithPath: self[name]))
+    }
+
+    /// Opens an image and closes it after `body`.
+    func open<T: Sendable>(
+        _ name: String, writable: Bool = true, options: JSONValue = [:],
+        _ body: @escaping @Sendable (Edge) async throws(BlockError) -> T
+    ) async throws -> T {
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        let path = self[name]
+        return try await thread.run { () async throws(BlockError) -> T in
+            let graph = BlockGraph(
+                on: thread,
+                registry: DriverRegistry(BlockProtocols.drivers + BlockFormats.drivers))
+            var all: JSONObject = [
+                "driver": "qcow2", "node-name": "image", "read-only": .bool(!writable),
+                "discard": "unmap", "file": ["driver": "file", "filename": .string(path)],
+            ]
+            if case .object(let more) = options {
+                for (key, value) in more.members { all[key] = value }
+            }
+            let node = try await graph.open(.object(all), monitorOwned: true)
+            do throws(BlockError) {
+                let uses: Permission =
+                    writable ? [.consistentRead, .write, .resize] : .consistentRead
+                let edge = try graph.attach(
+                    NamedUser("test"), to: node, Access(uses: uses, shares: .all))
+                let result = try await body(edge)
+                try await graph.detach(edge)
+                try await graph.closeAll()
+                return result
+            } catch {
+                try? await graph.closeAll()
+                throw error
+            }
+        }
+    }
+
+    /// Makes an image as `blockdev-create` does.
+    func create(_ name: String, _ options: JSONValue) async throws {
+        try write([], name)
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        let path = self[name]
+        try await thread.run { () async throws(BlockError) in
+            let graph = BlockGraph(
+                on: thread,
+                registry: DriverRegistry(BlockProtocols.drivers + BlockFormats.drivers))
+            guard case .object(var all) = options else { return }
+            all["file"] = ["driver": "file", "filename": .string(path)]
+            let creation = ImageCreation(
+                graph, options: try OptionReader(.object(all), of: "creation"))
+            guard let create = try graph.registry.driver(named: "qcow2").create else { return }
+            do throws(BlockError) {
+                try await create(creation)
+            } catch {
+                try? await creation.finish()
+                throw error
+            }
+            try await creation.finish()
+            try await graph.closeAll()
+        }
+    }
+
+    /// All of the image as Merino reads it.
+    func contents(_ name: String) async throws -> [UInt8] {
+        try await open(name, writable: false) { edge throws(BlockError) in
+            let vector = try IOVector(allocating: edge.size)
+            try await edge.read(0, into: vector)
+            return vector.array
+        }
+    }
+}
+
+/// Numbers from a seed.
+struct QCOW2TestRandom {
+    private var state: UInt64
+    init(seed: Int) { state = UInt64(truncatingIfNeeded: seed) &* 0x9E37_79B9_7F4A_7C15 | 1 }
+
+    mutating func next(below bound: Int) -> Int {
+        state = state &* 6_364_136_223_846_793_005 &+ 1_442_695_040_888_963_407
+        return Int(state >> 33) % bound
+    }
+}
