@@ -95,7 +95,7 @@ import Testing
 
     @Test(arguments: 0...6) func refcountsOfEveryWidthKeepTheirNeighbours(order: Int) throws {
         var block = [UInt8](repeating: 0, count: 512)
-        let count = 512 * 8 >> order
+        let count = (512 * 8) >> order
         let max: UInt64 = order == 6 ? .max : (1 << (1 << UInt64(order))) - 1
         var model = [UInt64](repeating: 0, count: count)
         var random = QCOW2TestRandom(seed: order)
