@@ -90,7 +90,7 @@ let package = Package(
         tests("BlockFormats", ["BlockProtocols"]),
         tests("BlockTLS"),
         tests("StorageDaemon"),
-        tests("BlockExports", ["BlockProtocols", "BlockFormats"]),
+        tests("BlockExports", ["BlockProtocols", "BlockFormats", "BlockTesting"]),
         tests("BlockTesting", ["BlockProtocols", "BlockFormats", "BlockFilters"]),
     ]
 )

@@ -5,7 +5,8 @@ import BlockIO
 protocol NBDChannel: AnyObject, Sendable {
     /// Receives at least one byte; 0 is a proper end.
     func receive(_ vector: IOVector) async throws(BlockError) -> Int
-    /// Sends what can be sent without waiting; `nil` when nothing can.
+    /// Sends what can be sent without waiting; `nil` when nothing can. What is left of `vector` is what
+    /// the caller must send next.
     func sendNow(_ vector: IOVector) -> Int?
     /// Sends all. One send at a time.
     func send(_ vector: IOVector) async throws(BlockError)

@@ -95,10 +95,12 @@ final class NBDConnection: @unchecked Sendable {
                 if let edge = export.edge { try await transmit(session, edge, &input) }
             }
         } catch {
-            server.log("a client's connection ended: \(error)")
-            // Whoever breaks the protocol is not waited for.
-            if !isClosing { limitClosing() }
-            isClosing = true
+            if !isClosing {
+                server.log("a client's connection ended: \(error)")
+                // Whoever breaks the protocol is not waited for.
+                isClosing = true
+                limitClosing()
+            }
         }
         while requestCount > 0 {
             await withUnsafeContinuation { doneSleeper = $0 }

@@ -7,7 +7,9 @@ import BlockTLS
 /// Invariants:
 /// 1. Ciphertext leaves in the order in which it was made: what the socket did not take waits in
 ///    `unsent`, and nothing is encrypted while it does.
-/// 2. At most ``pieceBytesMax`` of plaintext is encrypted ahead of the socket.
+/// 2. Plaintext counts as sent when all its ciphertext has left. What was encrypted without leaving is
+///    `encryptedAhead` of the bytes that the caller sends next.
+/// 3. At most ``pieceBytesMax`` of plaintext is encrypted ahead of the socket.
 final class NBDSecureChannel: NBDChannel, @unchecked Sendable {
     /// Plaintext that is encrypted before the socket is asked to take it.
     static let pieceBytesMax = 256 << 10
@@ -17,6 +19,7 @@ final class NBDSecureChannel: NBDChannel, @unchecked Sendable {
     private let session: TLSSession
     private var input: IOBuffer
     private var unsent = IOVector()
+    private var encryptedAhead = 0
     private var isSending = false
     private var isEnded = false
 
@@ -97,6 +100,7 @@ final class NBDSecureChannel: NBDChannel, @unchecked Sendable {
     }
 
     func sendNow(_ vector: IOVector) -> Int? {
+        precondition(encryptedAhead == 0)
         guard !isSending, sendUnsentNow() else { return nil }
         var done = 0
         while done < vector.count {
@@ -106,8 +110,11 @@ final class NBDSecureChannel: NBDChannel, @unchecked Sendable {
             } catch {
                 return -Int(error.systemError)
             }
+            guard sendUnsentNow() else {
+                encryptedAhead = count
+                break
+            }
             done += count
-            if !sendUnsentNow() { break }
         }
         return done
     }
@@ -115,7 +122,8 @@ final class NBDSecureChannel: NBDChannel, @unchecked Sendable {
     func send(_ vector: IOVector) async throws(BlockError) {
         isSending = true
         defer { isSending = false }
-        var done = 0
+        var done = encryptedAhead
+        encryptedAhead = 0
         while true {
             // With what reading made meanwhile.
             unsent.append(session.takeCiphertext())
