@@ -198,9 +198,8 @@ import Testing
             let slow = try Raw(unix: server.socketPath)
             slow.enter()
             // Far more replies than the limits allow: at some point the server stops receiving.
-            for index in 0..<400 {
-                slow.send(Raw.request(0, 0, 8 << 20, cookie: UInt64(index)))
-            }
+            // In one piece, which the socket takes whether or not the server receives it.
+            slow.send((0..<400).flatMap { Raw.request(0, 0, 8 << 20, cookie: UInt64($0)) })
             let other = try Raw(unix: server.socketPath)
             other.enter()
             for _ in 0..<100 {
@@ -303,7 +302,7 @@ import Testing
             let staying = try Raw(unix: server.socketPath)
             leaving.enter("disk")
             staying.enter("fixed")
-            for index in 0..<64 { leaving.send(Raw.request(0, 0, 1 << 20, cookie: UInt64(index))) }
+            leaving.send((0..<64).flatMap { Raw.request(0, 0, 1 << 20, cookie: UInt64($0)) })
             try await server.removeExport("disk")
             #expect(leaving.isClosed())
             staying.send(Raw.request(0, 0, 512))
