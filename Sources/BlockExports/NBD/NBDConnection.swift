@@ -229,6 +229,7 @@ final class NBDConnection: @unchecked Sendable {
     private func replyBytesMax(_ request: NBDRequest) -> Int {
         switch request.command {
         case .read: request.range.count
+        case .cache: min(request.range.count, NBDRequestExecution.prefetchBytesMax)
         case .blockStatus: NBDRequestExecution.statusBytesMax(request)
         default: 0
         }

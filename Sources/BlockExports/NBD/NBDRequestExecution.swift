@@ -118,13 +118,20 @@ struct NBDRequestExecution {
         }
     }
 
-    /// Reads for the effect on caches, in pieces.
+    /// What is read at a time for the effect on caches.
+    static let prefetchBytesMax = 1 << 20
+
+    /// Reads for the effect on caches, in pieces; others get their turn between them.
     private func prefetch() async throws(BlockError) {
         var range = request.range
         while !range.isEmpty {
-            let count = min(range.count, 1 << 20)
+            let count = min(range.count, Self.prefetchBytesMax)
             try await edge.read(range.offset, into: IOVector(allocating: count), .prefetch)
             range = ByteRange(range.offset + count, range.count - count)
+            guard !connection.isClosing else {
+                throw BlockError(.cancelled, "the connection is ending")
+            }
+            await edge.node.thread.yield()
         }
     }
 
