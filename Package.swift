@@ -87,7 +87,7 @@ let package = Package(
         tests("NBDProtocol"),
         tests("BlockGraph"),
         tests("BlockFilters", ["BlockProtocols", "BlockFormats", "BlockTesting"]),
-        tests("BlockFormats", ["BlockProtocols"]),
+        tests("BlockFormats", ["BlockProtocols", "BlockTesting"]),
         tests("BlockTLS"),
         tests("StorageDaemon"),
         tests("BlockExports", ["BlockProtocols", "BlockFormats", "BlockTesting"]),
