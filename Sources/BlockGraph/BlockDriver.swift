@@ -100,6 +100,11 @@ public protocol BlockDriver: AnyObject, Sendable {
     func applyAccess(_ access: Access)
     func abortAccess()
 
+    /// Another node is to take the place of the child behind `edge`.
+    ///
+    /// - Throws: where the driver's promises would not outlive that.
+    func checkReplacement(of edge: Edge) throws(BlockError)
+
     /// The node behind `edge` has another size now.
     func childResized(_ edge: Edge)
 
@@ -122,6 +127,7 @@ extension BlockDriver {
     public func checkAccess(_ access: Access) throws(BlockError) {}
     public func applyAccess(_ access: Access) {}
     public func abortAccess() {}
+    public func checkReplacement(of edge: Edge) throws(BlockError) {}
     public func childResized(_ edge: Edge) {}
     public func settle() async {}
     public var information: NodeInformation {

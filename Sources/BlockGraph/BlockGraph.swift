@@ -31,6 +31,7 @@ public final class BlockGraph: @unchecked Sendable {
         guard let node = byName[name] else {
             throw BlockError(.notFound, "there is no node '\(name)'")
         }
+        guard node.isReady else { throw BlockError(.busy, "the node is being opened", node: name) }
         return node
     }
 
@@ -241,7 +242,7 @@ public final class BlockGraph: @unchecked Sendable {
         drains.append(section)
         for edge in section.roots { edge.closeGate() }
         for edge in section.roots { await edge.untilIdle() }
-        for node in section.below where node.isOpen { await node.driver.settle() }
+        for node in section.around where node.isOpen { await node.driver.settle() }
         return section
     }
 
@@ -263,29 +264,30 @@ public final class BlockGraph: @unchecked Sendable {
 public final class DrainSection {
     let nodes: [BlockNode]
     var roots: [Edge]
-    let below: [BlockNode]
+    /// The nodes, those above and those below, parents first: what may have work under way.
+    let around: [BlockNode]
 
     init(_ nodes: [BlockNode]) {
         self.nodes = nodes
-        var roots: [Edge] = []
+        let above = Self.closure(of: nodes) { $0.parents.compactMap(\.parentNode) }
+        roots = above.flatMap { $0.parents.filter(\.isRoot) }
+        around = Self.closure(of: above) { $0.children.map(\.node) }
+            .sorted { $0.depth < $1.depth }
+    }
+
+    /// The nodes and all that `next` leads to from them.
+    private static func closure(
+        of nodes: [BlockNode], _ next: (BlockNode) -> [BlockNode]
+    ) -> [BlockNode] {
+        var result: [BlockNode] = []
         var seen = Set<ObjectIdentifier>()
         var rest = nodes
         while let node = rest.popLast() {
             guard seen.insert(ObjectIdentifier(node)).inserted else { continue }
-            for edge in node.parents {
-                if let parent = edge.parentNode { rest.append(parent) } else { roots.append(edge) }
-            }
+            result.append(node)
+            rest.append(contentsOf: next(node))
         }
-        self.roots = roots
-        var below: [BlockNode] = []
-        seen = []
-        rest = nodes
-        while let node = rest.popLast() {
-            guard seen.insert(ObjectIdentifier(node)).inserted else { continue }
-            below.append(node)
-            rest.append(contentsOf: node.children.map(\.node))
-        }
-        self.below = below
+        return result
     }
 }
 

@@ -16,15 +16,14 @@ extension Edge {
     public func chainStatus(
         _ range: ByteRange, precise: Bool = true
     ) async throws(BlockError) -> ChainStatus {
+        if isRoot { await enter() }
+        defer { if isRoot { leave() } }
         let node = node
         guard !range.isEmpty, range.end <= node.size else {
             throw BlockError(
                 .outOfRange, "block status of \(range) is past its end at \(node.size)",
                 node: node.name)
         }
-        guard isRoot else { return try await node.chainStatus(range, precise: precise) }
-        await enter()
-        defer { leave() }
         return try await node.chainStatus(range, precise: precise)
     }
 }

@@ -25,9 +25,7 @@ extension BlockNode {
         var done = 0
         while done < vector.count {
             let wanted = ByteRange(offset + done, min(vector.count - done, transferUnit))
-            guard let around = wanted.aligned(to: limits.requestAlignment) else {
-                throw BlockError(.outOfRange, "a read ends past every size", node: name)
-            }
+            let around = try aligned(wanted)
             // The driver needs aligned memory, or reads more than was asked for: it reads here first.
             let bounce = try IOVector(allocating: around.count)
             try await driver.read(around.offset, into: bounce, flags)
@@ -35,6 +33,16 @@ extension BlockNode {
                 .copy(from: bounce.slice(wanted.offset - around.offset, wanted.count))
             done += wanted.count
         }
+    }
+
+    /// Whole units around `range`. Only storage has something past the end of the node; what is above
+    /// it ends where the node ends, and the edge below aligns again.
+    private func aligned(_ range: ByteRange) throws(BlockError) -> ByteRange {
+        guard let around = range.aligned(to: limits.requestAlignment) else {
+            throw BlockError(.outOfRange, "a request ends past every size", node: name)
+        }
+        guard description.kind != .storage, around.end > size else { return around }
+        return ByteRange(from: around.offset, to: max(size, range.end))
     }
 
     /// Pieces of what is too long or unaligned; a multiple of the alignment, with room around.
@@ -78,11 +86,30 @@ extension BlockNode {
                 try await awkwardWrite(offset, from: vector, flags)
             }
         } catch {
+            failed(range, flags, error)
             tracker.leave(identifier)
             throw error
         }
         written(range)
         tracker.leave(identifier)
+    }
+
+    /// A change that failed may have happened in part: who records changes counts it as one. And the
+    /// system tells of a failed write-back once: when a durable write is told, later flushes must tell
+    /// it too.
+    private func failed(_ range: ByteRange, _ flags: WriteFlags, _ error: BlockError) {
+        for observer in writeObservers { observer.changed(range) }
+        if flags.contains(.fua), driver.supportsFUA, error.code == .inputOutput {
+            rememberFlushFailure(error)
+        }
+    }
+
+    private func rememberFlushFailure(_ error: BlockError) {
+        flushFailure = BlockError(
+            error.code, "an earlier flush failed: \(error.message)",
+            remedy: "what was written since the last good flush may be lost: check it, then "
+                + "close and open the image again", node: error.node ?? name,
+            systemError: error.systemError)
     }
 
     @inline(__always)
@@ -100,7 +127,9 @@ extension BlockNode {
         var passed = flags
         let flushesAfter = flags.contains(.fua) && !driver.supportsFUA
         if flushesAfter { passed.remove(.fua) }
-        if options.zeroDetection != .off, vector.isZero {
+        if options.zeroDetection != .off,
+            ByteRange(offset, vector.count).isAligned(to: limits.requestAlignment), vector.isZero
+        {
             var zeroFlags = passed
             if options.zeroDetection == .unmap { zeroFlags.insert(.mayUnmap) }
             try await zeroesOrWrites(ByteRange(offset, vector.count), zeroFlags)
@@ -133,9 +162,7 @@ extension BlockNode {
             try await driver.write(range.offset, from: vector, flags)
             return
         }
-        guard let around = range.aligned(to: limits.requestAlignment) else {
-            throw BlockError(.outOfRange, "a write ends past every size", node: name)
-        }
+        let around = try aligned(range)
         // Read-modify-write; the request is serialising, so nothing changes in between.
         let bounce = try IOVector(allocating: around.count)
         if !isAligned { try await driver.read(around.offset, into: bounce, []) }
@@ -158,6 +185,18 @@ extension BlockNode {
         // Zeroes give space back only where discards may.
         if !options.discards { passed.remove(.mayUnmap) }
 
+        do throws(BlockError) {
+            try await zeroParts(range, passed)
+        } catch {
+            failed(range, flags, error)
+            throw error
+        }
+        written(range)
+        if flushesAfter { try await stickyFlush() }
+    }
+
+    private func zeroParts(_ range: ByteRange, _ passed: WriteFlags) async throws(BlockError) {
+        let alignment = limits.requestAlignment
         // The unaligned ends are written; the aligned middle is for the driver.
         let start = range.offset.roundedUp(to: alignment) ?? range.end
         let end = range.end.roundedDown(to: alignment)
@@ -172,8 +211,6 @@ extension BlockNode {
         } else {
             try await writeZeroBytes(range, passed)
         }
-        written(range)
-        if flushesAfter { try await stickyFlush() }
     }
 
     /// `range` is aligned.
@@ -225,12 +262,7 @@ extension BlockNode {
         do throws(BlockError) {
             try await driver.flush()
         } catch {
-            let failure = BlockError(
-                error.code, "an earlier flush failed: \(error.message)",
-                remedy: "what was written since the last good flush may be lost: check it, then "
-                    + "close and open the image again", node: error.node ?? name,
-                systemError: error.systemError)
-            flushFailure = failure
+            rememberFlushFailure(error)
             throw error
         }
     }

@@ -16,17 +16,19 @@ extension Edge {
     public func read(
         _ offset: Int, into vector: IOVector, _ flags: ReadFlags = []
     ) async throws(BlockError) {
-        let node = node
-        try check(offset, vector.count, of: node, uses: .consistentRead)
-        if vector.count == 0 { return }
         guard isRoot else {
-            try await node.alignedRead(offset, into: vector, flags)
+            let node = node
+            try check(offset, vector.count, of: node, uses: .consistentRead)
+            if vector.count > 0 { try await node.alignedRead(offset, into: vector, flags) }
             return
         }
         await enter()
+        // Behind the gate: another node may have taken the place of the one before.
+        let node = node
         let start = node.thread.now
         do throws(BlockError) {
-            try await self.node.alignedRead(offset, into: vector, flags)
+            try check(offset, vector.count, of: node, uses: .consistentRead)
+            if vector.count > 0 { try await node.alignedRead(offset, into: vector, flags) }
         } catch {
             finish(.read, 0, since: start, failed: true)
             throw error.on(node: node.name)
@@ -42,17 +44,18 @@ extension Edge {
     public func write(
         _ offset: Int, from vector: IOVector, _ flags: WriteFlags = []
     ) async throws(BlockError) {
-        let node = node
-        try checkWrite(offset, vector.count, of: node, flags)
-        if vector.count == 0 { return }
         guard isRoot else {
-            try await node.trackedWrite(offset, from: vector, flags)
+            let node = node
+            try checkWrite(offset, vector.count, of: node, flags)
+            if vector.count > 0 { try await node.trackedWrite(offset, from: vector, flags) }
             return
         }
         await enter()
+        let node = node
         let start = node.thread.now
         do throws(BlockError) {
-            try await self.node.trackedWrite(offset, from: vector, flags)
+            try checkWrite(offset, vector.count, of: node, flags)
+            if vector.count > 0 { try await node.trackedWrite(offset, from: vector, flags) }
         } catch {
             finish(.write, 0, since: start, failed: true)
             throw error.on(node: node.name)
@@ -66,21 +69,18 @@ extension Edge {
     public func writeZeroes(
         _ range: ByteRange, _ flags: WriteFlags = []
     ) async throws(BlockError) {
-        let node = node
-        try checkWrite(range.offset, range.count, of: node, flags)
-        if range.isEmpty { return }
         try await counted(.writeZeroes, range.count) { node throws(BlockError) in
-            try await node.trackedZeroes(range, flags)
+            try checkWrite(range.offset, range.count, of: node, flags)
+            if !range.isEmpty { try await node.trackedZeroes(range, flags) }
         }
     }
 
     /// Says that `range` is not needed any more. A hint: what cannot be given back stays.
     public func discard(_ range: ByteRange) async throws(BlockError) {
-        let node = node
-        try checkWrite(range.offset, range.count, of: node, [])
-        // The user decided for the node that its discards go no further.
-        if range.isEmpty || !node.options.discards { return }
         try await counted(.discard, range.count) { node throws(BlockError) in
+            try checkWrite(range.offset, range.count, of: node, [])
+            // The user decided for the node that its discards go no further.
+            if range.isEmpty || !node.options.discards { return }
             try await node.trackedDiscard(range)
         }
     }
@@ -103,13 +103,13 @@ extension Edge {
     public func blockStatus(
         _ range: ByteRange, precise: Bool = true
     ) async throws(BlockError) -> BlockStatus {
+        if isRoot { await enter() }
+        defer { if isRoot { leave() } }
+        let node = node
         try check(range.offset, range.count, of: node, uses: [])
         guard !range.isEmpty else {
             throw BlockError(.invalidArgument, "block status of nothing", node: node.name)
         }
-        guard isRoot else { return try await node.status(range, precise: precise) }
-        await enter()
-        defer { leave() }
         return try await node.status(range, precise: precise)
     }
 
@@ -119,6 +119,8 @@ extension Edge {
     public func resize(
         to size: Int, _ preallocation: Preallocation = .off
     ) async throws(BlockError) {
+        if isRoot { await enter() }
+        defer { if isRoot { leave() } }
         let node = node
         guard size >= 0, size <= Limits.nodeSizeMax else {
             throw BlockError(
@@ -129,8 +131,6 @@ extension Edge {
                 .permissionDenied, "\(parentDescription) may not resize it", node: node.name)
         }
         if node.isReadOnly { throw BlockError(.readOnly, "the node is read-only", node: node.name) }
-        if isRoot { await enter() }
-        defer { if isRoot { leave() } }
         let whole = ByteRange(0, max(size, node.size))
         let identifier = await node.begin(whole, serialising: true)
         defer { node.tracker.leave(identifier) }

@@ -69,6 +69,9 @@ public final class GraphTransaction {
     public func replace(_ edge: Edge, with node: BlockNode) throws(BlockError) {
         let old = edge.node
         guard old !== node else { return }
+        if let parent = edge.parentNode, parent.isOpen {
+            try parent.driver.checkReplacement(of: edge)
+        }
         if let parent = edge.parentNode, node.reaches(parent) {
             throw BlockError(
                 .invalidArgument,

@@ -128,6 +128,57 @@ final class TestDaemon: @unchecked Sendable {
         #expect(result.1 == ["disk"])
     }
 
+    @Test func aSecondViewOfTheDiskIsRefusedAndTheFirstStays() async throws {
+        let result = try await TestDaemon.run { test throws(BlockError) in
+            try await test.session.begin(.init())
+            var code = BlockError.Code.busy
+            do throws(BlockError) { try await test.session.begin(.init()) } catch {
+                code = error.code
+            }
+            try await test.guestWrite(0, 4096, 0x44)
+            let frozen = try await test.read("fleece-disk-frozen")
+            try await test.session.end()
+            return (code, frozen)
+        }
+        #expect(result.0 == .alreadyExists)
+        #expect(result.1 == [0x11])
+    }
+
+    @Test func aDiskWithSeveralExportsIsFrozenForAll() async throws {
+        let nodes = try await TestDaemon.run { test throws(BlockError) in
+            for (name, writable) in [("second", true), ("third", false)] {
+                _ = try await test.daemon.execute(
+                    "block-export-add",
+                    [
+                        "type": "nbd", "id": .string(name), "node-name": "disk",
+                        "name": .string(name), "writable": .bool(writable),
+                    ])
+            }
+            func below() -> [String] {
+                test.daemon.exports.compactMap { $0.export.edge?.node.name }
+            }
+            try await test.session.begin(.init())
+            let during = below()
+            try await test.session.end()
+            return during + ["|"] + below()
+        }
+        let filter = "fleece-disk-filter"
+        #expect(
+            nodes == [filter, filter, filter, "fleece-disk-frozen", "|", "disk", "disk", "disk"])
+    }
+
+    @Test func viewsOfDisksWithLongNamesAreToldApart() async throws {
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        let daemon = try await thread.run { () async throws(BlockError) in StorageDaemon(on: thread)
+        }
+        let names = ["virtio-disk-data-1", "virtio-disk-data-2", "#block001", "ä"].map {
+            FleeceSession(of: $0, exportName: nil, temporaryPath: "", executor: daemon).filterName
+        }
+        #expect(Set(names).count == names.count)
+        #expect(names.allSatisfy { $0.utf8.count <= Limits.nodeNameLengthMax })
+    }
+
     @Test func anUnknownDiskNamesThoseThereAre() async throws {
         let remedy = try await TestDaemon.run { test throws(BlockError) in
             let session = FleeceSession(

@@ -53,6 +53,9 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     private var copiesInFlight = 0
     private var settleSleepers: [UnsafeContinuation<Void, Never>] = []
 
+    /// It has been used: it has to stay in every guest's way.
+    private var hadUsers = false
+
     public private(set) var copiedBytes = 0
 
     private init(
@@ -81,6 +84,10 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     // MARK: Open
 
     static func open(_ opening: NodeOpening) async throws(BlockError) -> CopyBeforeWrite {
+        if opening.node.options.sharesAll {
+            throw BlockError(
+                .invalidArgument, "force-share=on would let others change what is frozen")
+        }
         let options = opening.options
         let onError = try options.enumeration("on-cbw-error", as: OnError.self) ?? .breakGuestWrite
         let timeout = try options.int("cbw-timeout") ?? 0
@@ -147,7 +154,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
             // Nobody uses the node yet: it is about to be put in the place of the disk, whose users go
             // on. From the first user on, the old data is read whatever the users do, and nobody else
             // may change what is frozen: neither past this node nor by another size.
-            if node.parents.isEmpty { return .none }
+            if node.parents.isEmpty { return Access(uses: [], shares: .all.subtracting(.resize)) }
             var access = users
             access.uses.insert(.consistentRead)
             access.shares.subtract([.write, .resize])
@@ -155,6 +162,29 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         }
         // The target: others may write to it (discards through a format above), none may resize it.
         return Access(uses: [.consistentRead, .write], shares: .all.subtracting(.resize))
+    }
+
+    public func applyAccess(_ access: Access) {
+        if !node.parents.isEmpty {
+            hadUsers = true
+        } else if hadUsers {
+            // From here on the disk may change past this node: what still waits is not frozen.
+            breakSnapshot(BlockError(.cancelled, "the last user of the node left"))
+        }
+    }
+
+    public func checkReplacement(of edge: Edge) throws(BlockError) {
+        throw BlockError(
+            .unsupported,
+            "the snapshot is made of this '\(edge.name)': no other can take its place",
+            remedy: "end the snapshot first")
+    }
+
+    public func childResized(_ edge: Edge) {
+        // The access to both children keeps others from it; whoever manages it anyway ends the snapshot.
+        if child.size < snapshotSize || target.size < snapshotSize {
+            breakSnapshot(BlockError(.corrupt, "'\(edge.node.name)' has shrunk"))
+        }
     }
 
     // MARK: Guest requests
@@ -187,7 +217,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         // disk, so that a user who keeps it finds all of it.
         if breakage == nil {
             do throws(BlockError) {
-                try await target.flush()
+                try await withDeadline { () throws(BlockError) in try await self.target.flush() }
             } catch {
                 if onError == .breakGuestWrite { throw error }
                 breakSnapshot(error)
@@ -234,18 +264,26 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         waiting.clear(0..<waiting.count)
         // Nor does anybody wait for a copy that may never end.
         locks.wake()
+        wakeSettling()
     }
 
     private func copyWithDeadline(_ clusters: Range<Int>) async throws(BlockError) {
+        try await withDeadline { () throws(BlockError) in try await self.copy(clusters) }
+    }
+
+    /// Waits for work on the target, no longer than `cbw-timeout`; past that it goes on by itself.
+    private func withDeadline(
+        _ work: @escaping @Sendable () async throws(BlockError) -> Void
+    ) async throws(BlockError) {
         guard timeoutNanoseconds > 0 else {
-            try await copy(clusters)
+            try await work()
             return
         }
         let race = CopyRace(on: node.thread)
         copiesInFlight += 1
         node.thread.spawn {
             do throws(BlockError) {
-                try await self.copy(clusters)
+                try await work()
                 race.finish(nil)
             } catch {
                 race.finish(error)
@@ -257,7 +295,10 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
 
     private func copyEnded() {
         copiesInFlight -= 1
-        guard copiesInFlight == 0 else { return }
+        wakeSettling()
+    }
+
+    private func wakeSettling() {
         let woken = settleSleepers
         settleSleepers = []
         for continuation in woken { continuation.resume() }
@@ -310,13 +351,16 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     }
 
     public func settle() async {
-        while copiesInFlight > 0 {
-            await withUnsafeContinuation { settleSleepers.append($0) }
-        }
+        // What goes on for a snapshot that is broken may never end: guests do not wait for it.
+        while copiesInFlight > 0, breakage == nil { await untilCopyEnds() }
     }
 
     public func close() async throws(BlockError) {
-        await settle()
+        while copiesInFlight > 0 { await untilCopyEnds() }
+    }
+
+    private func untilCopyEnds() async {
+        await withUnsafeContinuation { settleSleepers.append($0) }
     }
 
     // MARK: Snapshot
@@ -349,9 +393,18 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         _ range: ByteRange, precise: Bool
     ) async throws(BlockError) -> BlockStatus {
         let run = try snapshotRun(range)
-        let edge = run.isCopied ? target : child
-        var status = try await edge.blockStatus(run.range, precise: precise)
-        if run.isCopied { try requirePresent(run.range) }
+        var status: BlockStatus
+        if run.isCopied {
+            status = try await target.blockStatus(run.range, precise: precise)
+            try requirePresent(run.range)
+        } else {
+            // As for a read: no guest changes these clusters meanwhile.
+            let clusters = clusters(touching: run.range)
+            locks.take(clusters, exclusively: false)
+            defer { locks.unlock(clusters, exclusively: false) }
+            status = try await child.blockStatus(run.range, precise: precise)
+        }
+        if let breakage { throw breakage }
         // Unallocated in the target, after a copy, are the zeroes that were found.
         if run.isCopied, status.flags.isDisjoint(with: [.data, .zero]) {
             status.flags.insert(.zero)

@@ -22,7 +22,7 @@ final class CopyRace: @unchecked Sendable {
         if outcome == nil { _ = await timer.wait(nanoseconds: nanoseconds) }
         if let outcome { return try outcome.get() }
         let error = BlockError(
-            .timedOut, "copying old data before a write took longer than cbw-timeout allows")
+            .timedOut, "the target took longer than cbw-timeout allows")
         outcome = .failure(error)
         throw error
     }

@@ -29,6 +29,12 @@ public final class SnapshotAccess: BlockDriver, @unchecked Sendable {
         .none
     }
 
+    public func checkReplacement(of edge: Edge) throws(BlockError) {
+        throw BlockError(
+            .unsupported, "the snapshot that a node gives access to stays the same",
+            remedy: "open another snapshot-access node")
+    }
+
     public func checkAccess(_ access: Access) throws(BlockError) {
         if access.uses.contains(.resize) {
             throw BlockError(.permissionDenied, "a snapshot cannot be resized")

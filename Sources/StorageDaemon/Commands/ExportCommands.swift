@@ -38,6 +38,11 @@ extension StorageDaemon {
             options.credentials = try serverCredentials(identifier)
         }
         if let identifier = try reader.string("tls-authz") {
+            guard options.credentials != nil else {
+                throw BlockError(
+                    .invalidArgument, "'tls-authz' needs 'tls-creds': without TLS nobody is checked"
+                )
+            }
             options.authorize = try authorization(identifier)
         }
         guard let address = try reader.value("addr") else {
@@ -57,10 +62,12 @@ extension StorageDaemon {
         nbdServer = nil
         let gone = exports
         exports = []
-        try await server.stop()
-        for record in gone {
-            emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)])
+        defer {
+            for record in gone {
+                emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)])
+            }
         }
+        try await server.stop()
         return [:]
     }
 
@@ -160,8 +167,9 @@ extension StorageDaemon {
         }
         nbdServer?.remove(record.export)
         exports.removeAll { $0 === record }
+        // It is gone, whether or not all of it could be made durable.
+        defer { emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)]) }
         try await record.export.close()
-        emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)])
     }
 
     /// `nbd-server-add`: an export whose identifier is its name.
@@ -323,14 +331,15 @@ struct SocketAddressOption {
         }
         var failure = BlockError(.notFound, "host '\(host)' has no address to listen on")
         for candidate in port...end {
+            var listeners: [Listener] = []
             do throws(BlockError) {
-                var listeners: [Listener] = []
                 for address in addresses {
                     listeners.append(
                         try Listener(on: address.with(port: candidate), thread: thread))
                 }
                 if !listeners.isEmpty { return listeners }
             } catch {
+                for listener in listeners { listener.close() }
                 failure = error
             }
         }

@@ -24,7 +24,7 @@ extension StorageDaemon {
         let replacement = try replacement(arguments)
         try await graph.drained([replacement.edge.node, replacement.node]) {
             () throws(BlockError) in
-            try replacement.carryOut(in: graph)
+            try Replacement.carryOut([replacement], in: graph)
         }
         try await graph.collect()
         return [:]
@@ -35,11 +35,17 @@ extension StorageDaemon {
         let edge: Edge
         let node: BlockNode
 
+        /// Puts all nodes in their places, or none.
+        ///
         /// - Throws: with the graph as it was.
-        func carryOut(in graph: BlockGraph) throws(BlockError) {
+        static func carryOut(
+            _ replacements: [Replacement], in graph: BlockGraph
+        ) throws(BlockError) {
             let transaction = GraphTransaction(graph)
             do throws(BlockError) {
-                try transaction.replace(edge, with: node)
+                for replacement in replacements {
+                    try transaction.replace(replacement.edge, with: replacement.node)
+                }
                 try transaction.commit()
             } catch {
                 transaction.abort()

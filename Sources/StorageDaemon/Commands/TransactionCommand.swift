@@ -38,9 +38,10 @@ extension StorageDaemon {
         do throws(BlockError) {
             try await graph.drained(graph.nodes) { () throws(BlockError) in
                 var done: [Undo] = []
-                for action in actions {
+                var rest = actions[...]
+                while !rest.isEmpty {
                     do throws(BlockError) {
-                        done.append(try await carryOut(action))
+                        done.append(try await carryOutNext(&rest))
                     } catch {
                         for undo in done.reversed() {
                             try? await undo.atOnce()
@@ -66,6 +67,26 @@ extension StorageDaemon {
         var afterwards: Step = { () throws(BlockError) in }
     }
 
+    /// Carries out the next action, or all replacements that stand in a row: their permissions are
+    /// worked out together, for users of one node that move to another one after the other conflict.
+    private func carryOutNext(_ actions: inout ArraySlice<JSONValue>) async throws(BlockError)
+        -> Undo
+    {
+        var replacements: [Replacement] = []
+        while let action = actions.first, action["type"] == "blockdev-replace" {
+            actions.removeFirst()
+            replacements.append(try replacement(action["data"] ?? [:]))
+        }
+        guard replacements.isEmpty else {
+            let undo = replacements.map { Replacement(edge: $0.edge, node: $0.edge.node) }
+            try Replacement.carryOut(replacements, in: graph)
+            return Undo(atOnce: { [graph] () throws(BlockError) in
+                try Replacement.carryOut(undo, in: graph)
+            })
+        }
+        return try await carryOut(actions.removeFirst())
+    }
+
     /// - Returns: what undoes the action.
     private func carryOut(
         _ action: JSONValue
@@ -78,13 +99,6 @@ extension StorageDaemon {
         case "blockdev-add":
             let node = try await graph.open(data, monitorOwned: true)
             return Undo(afterwards: { [graph] () throws(BlockError) in try await graph.remove(node)
-            })
-        case "blockdev-replace":
-            let replacement = try replacement(data)
-            let old = replacement.edge.node
-            try replacement.carryOut(in: graph)
-            return Undo(atOnce: { [graph] () throws(BlockError) in
-                try Replacement(edge: replacement.edge, node: old).carryOut(in: graph)
             })
         case "block-export-add":
             let identifier = try OptionReader(data, of: type).required("id")

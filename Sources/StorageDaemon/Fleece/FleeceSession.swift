@@ -19,12 +19,22 @@ public struct FleeceSession: Sendable {
     public let temporaryPath: String
     private let executor: any QMPExecutor
 
-    private var filterName: String { "fleece-\(tag)-filter" }
+    var filterName: String { "fleece-\(tag)-filter" }
     private var accessName: String { "fleece-\(tag)-frozen" }
     private var temporaryName: String { "fleece-\(tag)-temp" }
     private var exportIdentifier: String { "fleece-\(tag)" }
-    /// Node names are short.
-    private var tag: String { String(disk.filter { $0 != "#" }.prefix(16)) }
+    /// Node names are short: a long name is cut, and told apart by a checksum (FNV-1a).
+    private var tag: String {
+        let plain = disk.allSatisfy {
+            $0.isASCII && ($0.isLetter || $0.isNumber || "-._".contains($0))
+        }
+        if plain, disk.count <= 16 { return disk }
+        var sum: UInt32 = 0x811c_9dc5
+        for byte in disk.utf8 { sum = (sum ^ UInt32(byte)) &* 0x0100_0193 }
+        let digits = String(sum, radix: 16)
+        let head = disk.filter { $0.isASCII && ($0.isLetter || $0.isNumber) }.prefix(7)
+        return "\(head)-" + String(repeating: "0", count: 8 - digits.count) + digits
+    }
 
     /// How the view is frozen.
     public struct Options: Sendable {
@@ -53,19 +63,18 @@ public struct FleeceSession: Sendable {
     /// - Throws: with everything taken down again that was set up.
     public func begin(_ options: Options) async throws(BlockError) {
         let size = try await sizeOfDisk()
+        // Nothing that was there before is touched when this fails.
+        let taken = try await nodeNames().intersection([filterName, accessName, temporaryName])
+        guard taken.isEmpty else {
+            throw BlockError(
+                .alreadyExists, "a frozen view of '\(disk)' is held already",
+                remedy: "end it with --stop, or with Ctrl-C where it was begun")
+        }
         do throws(BlockError) {
             try await makeTemporary(size, options)
             let exports = try await exportsOfDisk()
             var actions: [JSONValue] = [["type": "blockdev-add", "data": filter(options)]]
-            for identifier in exports {
-                actions.append([
-                    "type": "blockdev-replace",
-                    "data": [
-                        "parent-type": "export", "export-id": .string(identifier),
-                        "new-child": .string(filterName),
-                    ],
-                ])
-            }
+            actions += moves(of: exports, to: filterName)
             // The moment: all of it, or nothing.
             _ = try await executor.execute("transaction", ["actions": .array(actions)])
             _ = try await executor.execute(
@@ -218,15 +227,7 @@ public struct FleeceSession: Sendable {
                 _ = try await executor.execute(command, arguments)
             } catch { failure = failure ?? error }
         }
-        guard
-            case .array(let nodes) = try await executor.execute(
-                "query-named-block-nodes", ["flat": true])
-        else { return }
-        let names = Set(
-            nodes.compactMap { node -> String? in
-                if case .string(let name)? = node["node-name"] { return name }
-                return nil
-            })
+        let names = try await nodeNames()
         if try await !exportsOfDisk(below: accessName).isEmpty {
             await attempt("block-export-del", ["id": .string(exportIdentifier), "mode": "hard"])
         }
@@ -234,13 +235,10 @@ public struct FleeceSession: Sendable {
             await attempt("blockdev-del", ["node-name": .string(accessName)])
         }
         if names.contains(filterName) {
-            for identifier in try await exportsOfDisk(below: filterName) {
-                await attempt(
-                    "blockdev-replace",
-                    [
-                        "parent-type": "export", "export-id": .string(identifier),
-                        "new-child": .string(disk),
-                    ])
+            let exports = try await exportsOfDisk(below: filterName)
+            if !exports.isEmpty {
+                try await requireFilter(above: disk)
+                await attempt("transaction", ["actions": .array(moves(of: exports, to: disk))])
             }
             await attempt("blockdev-del", ["node-name": .string(filterName)])
         }
@@ -248,6 +246,48 @@ public struct FleeceSession: Sendable {
             await attempt("blockdev-del", ["node-name": .string(temporaryName)])
         }
         if let failure { throw failure }
+    }
+
+    /// The actions that put `node` below exports.
+    private func moves(of exports: [String], to node: String) -> [JSONValue] {
+        exports.map { identifier in
+            [
+                "type": "blockdev-replace",
+                "data": [
+                    "parent-type": "export", "export-id": .string(identifier),
+                    "new-child": .string(node),
+                ],
+            ]
+        }
+    }
+
+    /// - Throws: when the filter of that name is above another disk.
+    private func requireFilter(above disk: String) async throws(BlockError) {
+        guard
+            case .array(let nodes) = try await executor.execute(
+                "query-named-block-nodes", ["flat": true]),
+            case .array(let children)? = nodes.first(where: {
+                $0["node-name"] == .string(filterName)
+            })?["children"],
+            children.contains(where: {
+                $0["child"] == "file" && $0["node-name"] == .string(disk)
+            })
+        else {
+            throw BlockError(
+                .busy, "node '\(filterName)' is not above '\(disk)'; nothing was changed")
+        }
+    }
+
+    private func nodeNames() async throws(BlockError) -> Set<String> {
+        guard
+            case .array(let nodes) = try await executor.execute(
+                "query-named-block-nodes", ["flat": true])
+        else { throw BlockError(.protocolViolation, "the daemon lists no nodes") }
+        return Set(
+            nodes.compactMap { node in
+                if case .string(let name)? = node["node-name"] { return name }
+                return nil
+            })
     }
 
     /// Whether a view of the disk is held.
