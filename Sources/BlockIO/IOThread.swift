@@ -135,7 +135,7 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
         }
         mailbox.withLock { $0.jobs.append(job) }
         mailboxIsFull.store(true, ordering: .sequentiallyConsistent)
-        if isAsleep.load(ordering: .sequentiallyConsistent) { engineBox?.wake() }
+        if isAsleep.load(ordering: .sequentiallyConsistent) { wakeEngine() }
     }
 
     /// Lets other ready jobs run first.
@@ -148,7 +148,12 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
     public func stop() {
         mailbox.withLock { $0.isStopping = true }
         mailboxIsFull.store(true, ordering: .sequentiallyConsistent)
-        engineBox?.wake()
+        wakeEngine()
+    }
+
+    /// Under the lock, because the thread lets go of its engine when it ends.
+    private func wakeEngine() {
+        mailbox.withLock { _ in engineBox?.wake() }
     }
 
     // MARK: Operations
@@ -215,7 +220,7 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
             timers.fire(now: timers.isEmpty ? 0 : engine.now)
             poll()
         }
-        engineBox = nil
+        mailbox.withLock { _ in engineBox = nil }
     }
 
     private func poll() {

@@ -9,6 +9,7 @@ import Glibc
 public final class SignalSource: @unchecked Sendable {
     private let thread: IOThread
     private let descriptor: Int32
+    private var isCancelled = false
 
     /// Blocks signals in the calling thread, and in those it starts.
     public static func block(_ signals: [Int32]) {
@@ -30,7 +31,7 @@ public final class SignalSource: @unchecked Sendable {
 
     /// The next signal; `nil` once ``cancel()`` was called.
     public func next() async -> Int32? {
-        while true {
+        while !isCancelled {
             let result = await thread.perform(.awaitReadable(IOHandle(descriptor)))
             if result == -Int(ECANCELED) { return nil }
             var information = SignalInformation()
@@ -41,10 +42,12 @@ public final class SignalSource: @unchecked Sendable {
                 return Int32(bitPattern: information.number)
             }
         }
+        return nil
     }
 
-    /// Ends a wait for the next signal.
+    /// Ends the wait for the next signal, and those to come.
     public func cancel() {
+        isCancelled = true
         thread.engine.cancelAll(on: IOHandle(descriptor))
     }
 }

@@ -24,7 +24,9 @@ final class URingEngine: IOEngine {
     private let wakeDescriptor: Int32
     private let wakeBuffer: UnsafeMutablePointer<UInt64>
     private var completions = [UnsafeMutablePointer<io_uring_cqe>?](repeating: nil, count: 128)
-    private var arguments: [UInt32: OperationMemory] = [:]
+    /// By token: what the kernel reads of operations in flight, where that is more than data.
+    private var arguments: [OperationMemory?] = []
+    private var hasRing = false
     private var isWakeArmed = false
     private var pollWindow = PollWindow()
     private let host = HostSystem()
@@ -41,9 +43,8 @@ final class URingEngine: IOEngine {
         ring = .allocate(capacity: 1)
         wakeBuffer = .allocate(capacity: 1)
         wakeDescriptor = linux_eventfd()
+        // What a failing initialiser leaves behind is the deinitialiser's.
         guard wakeDescriptor >= 0 else {
-            ring.deallocate()
-            wakeBuffer.deallocate()
             throw .system("cannot make an eventfd", errno)
         }
         // Newest kernels first: completions run on this thread only, when it asks for them.
@@ -60,18 +61,16 @@ final class URingEngine: IOEngine {
             if result != -EINVAL { break }
         }
         guard result == 0 else {
-            Glibc.close(wakeDescriptor)
-            ring.deallocate()
-            wakeBuffer.deallocate()
             throw BlockError(
                 .unsupported, "io_uring is refused: \(BlockError.describe(-result))",
                 remedy: "use MERINO_IO_ENGINE=threads")
         }
+        hasRing = true
     }
 
     deinit {
-        io_uring_queue_exit(ring)
-        Glibc.close(wakeDescriptor)
+        if hasRing { io_uring_queue_exit(ring) }
+        if wakeDescriptor >= 0 { Glibc.close(wakeDescriptor) }
         ring.deallocate()
         wakeBuffer.deallocate()
     }
@@ -100,10 +99,16 @@ final class URingEngine: IOEngine {
                     entry, handle.rawValue, memory.vectors, memory.vectorCount, UInt64(offset))
             }
         case .write(let handle, let vector, let offset, let durable):
-            let memory = remember(token, .vectors(of: vector))
-            io_uring_prep_writev2(
-                entry, handle.rawValue, memory.vectors, memory.vectorCount, UInt64(offset),
-                durable ? linux_write_durable : 0)
+            if let slice = vector.single {
+                io_uring_prep_write(
+                    entry, handle.rawValue, slice.bytes.baseAddress, UInt32(slice.count),
+                    UInt64(offset))
+            } else {
+                let memory = remember(token, .vectors(of: vector))
+                io_uring_prep_writev(
+                    entry, handle.rawValue, memory.vectors, memory.vectorCount, UInt64(offset))
+            }
+            if durable { entry.pointee.rw_flags = linux_write_durable }
         case .synchronize(let handle, let dataOnly):
             io_uring_prep_fsync(entry, handle.rawValue, dataOnly ? IORING_FSYNC_DATASYNC : 0)
         case .allocate(let handle, let mode, let range):
@@ -120,14 +125,25 @@ final class URingEngine: IOEngine {
     ) {
         switch operation {
         case .receive(let handle, let vector):
-            let memory = remember(token, .message(of: vector))
-            io_uring_prep_recvmsg(entry, handle.rawValue, memory.message, 0)
+            if let slice = vector.single {
+                io_uring_prep_recv(
+                    entry, handle.rawValue, slice.bytes.baseAddress, slice.count, 0)
+            } else {
+                let memory = remember(token, .message(of: vector))
+                io_uring_prep_recvmsg(entry, handle.rawValue, memory.message, 0)
+            }
             // Nothing was there when `receiveNow` looked: wait first, then receive.
             entry.pointee.ioprio |= UInt16(IORING_RECVSEND_POLL_FIRST)
         case .send(let handle, let vector):
-            let memory = remember(token, .message(of: vector))
-            io_uring_prep_sendmsg(
-                entry, handle.rawValue, memory.message, UInt32(linux_no_signal))
+            if let slice = vector.single {
+                io_uring_prep_send(
+                    entry, handle.rawValue, slice.bytes.baseAddress, slice.count,
+                    linux_no_signal)
+            } else {
+                let memory = remember(token, .message(of: vector))
+                io_uring_prep_sendmsg(
+                    entry, handle.rawValue, memory.message, UInt32(linux_no_signal))
+            }
         case .accept(let handle):
             io_uring_prep_accept(
                 entry, handle.rawValue, nil, nil,
@@ -143,7 +159,9 @@ final class URingEngine: IOEngine {
     }
 
     private func remember(_ token: IOToken, _ memory: OperationMemory) -> OperationMemory {
-        arguments[token.rawValue] = memory
+        let index = Int(token.rawValue)
+        while arguments.count <= index { arguments.append(nil) }
+        arguments[index] = memory
         return memory
     }
 
@@ -224,7 +242,8 @@ final class URingEngine: IOEngine {
                 case Self.ignoredData: break
                 default:
                     let token = UInt32(truncatingIfNeeded: entry.user_data)
-                    if !arguments.isEmpty { arguments.removeValue(forKey: token) }
+                    // Gone before the token can be used again.
+                    if Int(token) < arguments.count { arguments[Int(token)] = nil }
                     complete(IOToken(token), Int(entry.res))
                 }
             }
