@@ -91,6 +91,9 @@ let package = Package(
         tests("BlockTLS"),
         tests("StorageDaemon"),
         tests("BlockExports", ["BlockProtocols", "BlockFormats", "BlockTesting"]),
+        tests("ImageTools"),
+        // The commands from outside: the built program beside QEMU's tools.
+        tests("merino"),
         tests("BlockTesting", ["BlockProtocols", "BlockFormats", "BlockFilters"]),
     ]
 )

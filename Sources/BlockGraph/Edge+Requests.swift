@@ -47,7 +47,10 @@ extension Edge {
         guard isRoot else {
             let node = node
             try checkWrite(offset, vector.count, of: node, flags)
-            if vector.count > 0 { try await node.trackedWrite(offset, from: vector, flags) }
+            if vector.count > 0 {
+                let flags = isWriteThrough ? flags.union(.fua) : flags
+                try await node.trackedWrite(offset, from: vector, flags)
+            }
             return
         }
         await enter()
@@ -55,7 +58,10 @@ extension Edge {
         let start = node.thread.now
         do throws(BlockError) {
             try checkWrite(offset, vector.count, of: node, flags)
-            if vector.count > 0 { try await node.trackedWrite(offset, from: vector, flags) }
+            if vector.count > 0 {
+                let flags = isWriteThrough ? flags.union(.fua) : flags
+                try await node.trackedWrite(offset, from: vector, flags)
+            }
         } catch {
             finish(.write, 0, since: start, failed: true)
             throw error.on(node: node.name)
@@ -69,6 +75,7 @@ extension Edge {
     public func writeZeroes(
         _ range: ByteRange, _ flags: WriteFlags = []
     ) async throws(BlockError) {
+        let flags = isWriteThrough ? flags.union(.fua) : flags
         try await counted(.writeZeroes, range.count) { node throws(BlockError) in
             try checkWrite(range.offset, range.count, of: node, flags)
             if !range.isEmpty { try await node.trackedZeroes(range, flags) }

@@ -84,6 +84,10 @@ public struct NodeInformation: Sendable {
     public var clusterSize = 0
     public var isDirty = false
     public var isCorrupt = false
+    /// The backing image's name as the image has it; `nil` where it names none.
+    public var backingName: String?
+    /// The backing image's format, where the image tells.
+    public var backingFormat: String?
     /// Driver-specific facts, as the `format-specific` member of image info.
     public var formatSpecific: JSONValue?
 

@@ -6,5 +6,36 @@ import ArgumentParser
         commandName: "merino",
         abstract: "A block-storage engine: disk images, live snapshots, NBD.",
         version: "merino 0.1.0",
-        subcommands: [DaemonCommand.self, ServeCommand.self, FleeceCommand.self])
+        subcommands: [
+            DaemonCommand.self, ServeCommand.self, FleeceCommand.self, CreateCommand.self,
+            InfoCommand.self,
+            MapCommand.self,
+            IOCommand.self,
+        ])
+
+    private static let line = CommandLineName(CommandLine.arguments)
+    /// The name that messages begin with: the tool's that the command line is compatible with.
+    static var program: String { line.program }
+
+    static func main() {
+        do {
+            var command = try parseAsRoot(line.arguments)
+            try command.run()
+        } catch {
+            let code = exitCode(for: error)
+            let text = fullMessage(for: error)
+            if code == .success {
+                StandardOutput.print(text + "\n")
+                end(0)
+            }
+            if let failure = error as? Failure {
+                StandardError.print("\(program): \(failure.description)")
+            } else if !text.isEmpty {
+                let words = text.hasPrefix("Error: ") ? String(text.dropFirst(7)) : text
+                StandardError.print("\(program): \(words)")
+            }
+            // What scripts know from the tools that the names stand for: 1, for misuse too.
+            end(error is ExitCode ? code.rawValue : 1)
+        }
+    }
 }

@@ -58,27 +58,15 @@ struct ServeCommand: ParsableCommand {
     var pidFile: String?
 
     func run() throws {
-        do {
-            try serve()
-        } catch {
-            throw Failure(error.description)
-        }
+        try Failure.rethrow { () throws(BlockError) in try serve() }
     }
 
     private var source: ImageSource {
         get throws(BlockError) {
-            guard let mode = nocache ? CacheMode.none : CacheMode(rawValue: cache) else {
-                throw BlockError(
-                    .invalidArgument, "there is no cache mode '\(cache)'",
-                    remedy: "use none, writeback, writethrough, directsync or unsafe")
-            }
-            guard ["ignore", "off", "unmap", "on"].contains(discard) else {
-                throw BlockError(.invalidArgument, "there is no discard mode '\(discard)'")
-            }
             var source = ImageSource(file, format: format)
             source.isWritable = !readOnly
-            source.cache = mode
-            source.discards = discard == "unmap" || discard == "on"
+            source.cache = nocache ? .none : try CacheMode(named: cache)
+            source.discards = try ImageSource.discards(mode: discard)
             source.zeroDetection = detectZeroes
             source.asynchronousIO = aio
             return source
@@ -99,7 +87,7 @@ struct ServeCommand: ParsableCommand {
             options.handshakeSeconds = handshakeLimit
             let isVerbose = verbose
             let server = NBDServer(on: session.thread, options) { message in
-                if isVerbose { StandardError.print("merino: \(message)") }
+                if isVerbose { StandardError.print("\(Merino.program): \(message)") }
             }
             try server.add(export)
             server.listen(on: try Listener(on: try address(), thread: session.thread))

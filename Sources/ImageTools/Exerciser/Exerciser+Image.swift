@@ -1,0 +1,234 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import QMP
+
+// Commands on the image as a whole.
+
+extension Exerciser {
+    static let imageCommands: [Command] = [
+        Command(
+            name: "open", alias: "o", arguments: 0...Int.max, needsImage: false,
+            synopsis: "[-rsCnkU] [-i aio] [-t cache] [-d discard] [-o options] [path]",
+            summary: "opens an image for the commands that follow",
+            details: """
+                 -d  ignore or unmap discards
+                 -i  threads, native or io_uring
+                 -n  the same as -t none
+                 -o  node options: driver=qcow2,…
+                 -r  only for reading
+                 -t  cache mode: none, writeback, writethrough, directsync or unsafe
+                 -U  while others write it
+                """
+        ) { exerciser, words throws(BlockError) in
+            try await exerciser.open(words)
+        },
+        Command(
+            name: "close", alias: "c", arguments: 0...0, synopsis: "",
+            summary: "closes the image"
+        ) { exerciser, _ throws(BlockError) in
+            try await exerciser.close()
+        },
+        Command(
+            name: "reopen", arguments: 0...Int.max, synopsis: "[(-r|-w)] [-c cache] [-o options]",
+            summary: "opens the image again with other options",
+            details: " -r read-only, -w writable, -c cache mode, -o node options"
+        ) { exerciser, words throws(BlockError) in
+            try await exerciser.reopen(words)
+        },
+        Command(
+            name: "truncate", alias: "t", arguments: 1...3, synopsis: "[-m prealloc_mode] off",
+            summary: "changes the image's size",
+            details: " -m  how space is reserved when it grows: off, metadata, falloc, full"
+        ) { exerciser, words throws(BlockError) in
+            try await exerciser.truncate(words)
+        },
+        Command(
+            name: "length", alias: "l", arguments: 0...0, synopsis: "",
+            summary: "says how large the image is"
+        ) { exerciser, _ throws(BlockError) in
+            exerciser.output(ExerciserReport.bytes(try exerciser.image().size) + "\n")
+        },
+        Command(
+            name: "info", alias: "i", arguments: 0...0, synopsis: "",
+            summary: "says what the image is"
+        ) { exerciser, _ throws(BlockError) in
+            try await exerciser.info()
+        },
+        Command(
+            name: "alloc", alias: "a", arguments: 1...2, synopsis: "offset [count]",
+            summary: "says how many bytes the image itself has, not a backing image"
+        ) { exerciser, words throws(BlockError) in
+            try await exerciser.alloc(words)
+        },
+        Command(
+            name: "map", arguments: 0...0, synopsis: "",
+            summary: "says which parts the image itself has, not a backing image"
+        ) { exerciser, _ throws(BlockError) in
+            try await exerciser.map()
+        },
+    ]
+
+    // MARK: Opening
+
+    private func open(_ words: [String]) async throws(BlockError) {
+        guard edge == nil else {
+            throw BlockError(.busy, "an image is open already", remedy: "try 'help close'")
+        }
+        let arguments = try ExerciserArguments(words, known: "Cd:i:kno:rst:U", command: "open")
+        for flag: Character in ["C", "s"] where arguments.has(flag) {
+            throw BlockError(.unsupported, "open -\(flag) is not supported")
+        }
+        guard arguments.rest.count <= 1 else {
+            throw BlockError(.invalidArgument, "open takes one path")
+        }
+        var source = standard
+        if arguments.has("n") { source.cache = .none }
+        if let mode = arguments.value("t") { source.cache = try CacheMode(named: mode) }
+        if let mode = arguments.value("d") {
+            source.discards = try ImageSource.discards(mode: mode)
+        }
+        if arguments.has("k") { source.asynchronousIO = "native" }
+        if let mode = arguments.value("i") { source.asynchronousIO = mode }
+        if arguments.has("r") { source.isWritable = false }
+        if arguments.has("U") { source.sharesAll = true }
+        switch (arguments.rest.first, arguments.value("o")) {
+        case (nil, nil):
+            throw BlockError(.invalidArgument, "open needs a path, or options with -o")
+        case (let path?, nil):
+            source.name = path
+        case (let path, let options?):
+            try source.take(options: options, path: path)
+        }
+        try await open(source)
+    }
+
+    private func reopen(_ words: [String]) async throws(BlockError) {
+        let arguments = try ExerciserArguments(words, known: "c:o:rw", command: "reopen")
+        guard !arguments.has("r") || !arguments.has("w") else {
+            throw BlockError(.invalidArgument, "-r and -w exclude each other")
+        }
+        guard arguments.rest.isEmpty else {
+            throw BlockError(.invalidArgument, "reopen takes options only")
+        }
+        let old = source
+        var new = old
+        if arguments.has("r") { new.isWritable = false }
+        if arguments.has("w") { new.isWritable = true }
+        if let mode = arguments.value("c") { new.cache = try CacheMode(named: mode) }
+        if let options = arguments.value("o") {
+            try new.take(options: options, path: new.isOptions ? nil : new.name)
+        }
+        // The same format again: what was written meanwhile does not make it another.
+        if !new.isOptions, new.format == nil {
+            new.format = try image().node.description.name
+        }
+        try await close()
+        do throws(BlockError) {
+            try await open(new)
+        } catch {
+            try await open(old)
+            throw error
+        }
+    }
+
+    // MARK: Size and state
+
+    private func truncate(_ words: [String]) async throws(BlockError) {
+        let arguments = try ExerciserArguments(words, known: "m:", command: "truncate")
+        guard arguments.rest.count == 1 else {
+            throw BlockError(.invalidArgument, "truncate needs one size")
+        }
+        let size = try ExerciserArguments.bytes(arguments.rest[0])
+        var preallocation = Preallocation.off
+        if let mode = arguments.value("m") {
+            guard let known = Preallocation(rawValue: mode) else {
+                throw BlockError(
+                    .invalidArgument, "there is no preallocation '\(mode)'",
+                    remedy: "use off, metadata, falloc or full")
+            }
+            preallocation = known
+        }
+        try await image().resize(to: size, preallocation)
+    }
+
+    private func info() async throws(BlockError) {
+        let node = try image().node
+        let information = try await node.driver.information
+        var text = "format name: \(node.description.name)\n"
+        text += "cluster size: \(ExerciserReport.bytes(information.clusterSize))\n"
+        text += "vm state offset: \(ExerciserReport.bytes(vmStateOffset(node, information)))\n"
+        if let data = information.formatSpecific?["data"] {
+            text += ImageInfo.specificText(data)
+        }
+        output(text)
+    }
+
+    /// Where saved state of a machine begins: what one L1 entry covers, past the guest's disk.
+    private func vmStateOffset(_ node: BlockNode, _ information: NodeInformation) -> Int {
+        guard node.description.name == "qcow2", information.clusterSize > 0 else { return 0 }
+        let isExtended = information.formatSpecific?["data"]?["extended-l2"] == true
+        let entries = information.clusterSize / (isExtended ? 16 : 8)
+        let covered = information.clusterSize.multiplied(by: entries) ?? .max
+        return node.size.roundedUp(to: covered) ?? 0
+    }
+
+    // MARK: Allocation
+
+    private func alloc(_ words: [String]) async throws(BlockError) {
+        let offset = try ExerciserArguments.bytes(words[0])
+        let wanted = words.count > 1 ? try ExerciserArguments.bytes(words[1]) : 512
+        let edge = try image()
+        let count = min(wanted, max(0, edge.size - offset))
+        var allocated = 0
+        var done = 0
+        while done < count {
+            let status = try await edge.blockStatus(ByteRange(offset + done, count - done))
+            if status.flags.contains(.allocated) { allocated += status.count }
+            done += status.count
+        }
+        output(
+            "\(allocated)/\(count) bytes allocated at offset \(ExerciserReport.bytes(offset))\n")
+    }
+
+    private func map() async throws(BlockError) {
+        let edge = try image()
+        var start = 0
+        var offset = 0
+        var isAllocated: Bool?
+        func show() {
+            guard let isAllocated, offset > start else { return }
+            let count = offset - start
+            output(
+                "\(ExerciserReport.bytes(count)) (0x\(String(count, radix: 16))) bytes "
+                    + "\(isAllocated ? "    allocated" : "not allocated") at offset "
+                    + "\(ExerciserReport.bytes(start)) (0x\(String(start, radix: 16)))\n")
+        }
+        while offset < edge.size {
+            let status = try await edge.blockStatus(
+                ByteRange(offset, min(edge.size - offset, 1 << 30)))
+            let next = status.flags.contains(.allocated)
+            if next != isAllocated {
+                show()
+                start = offset
+                isAllocated = next
+            }
+            offset += status.count
+        }
+        show()
+    }
+}
+
+extension ImageSource {
+    /// Opens by node options from here on; a path, where there is one, becomes the file's.
+    mutating func take(options text: String, path: String?) throws(BlockError) {
+        guard case .object(var options) = try KeyValue.parse(text) else {
+            throw BlockError(.invalidArgument, "'\(text)' are no options")
+        }
+        if let format, options["driver"] == nil { options["driver"] = .string(format) }
+        if let path, options["file"] == nil { options["file"] = ["filename": .string(path)] }
+        format = nil
+        isOptions = true
+        name = JSONValue.object(options).text()
+    }
+}

@@ -1,0 +1,236 @@
+import BlockCore
+import BlockGraph
+import QMP
+
+/// `create`: makes a new image file.
+public struct ImageCreate: Sendable {
+    public var name: String
+    public var format = "raw"
+    /// Bytes; `nil`: from the options, or the backing image's.
+    public var size: Int?
+    /// `key=value,…`, each as often as the option was given.
+    public var options: [String] = []
+    public var backing: String?
+    public var backingFormat: String?
+    /// Take the backing image's name as it is, without opening it (`-u`).
+    public var trustsBacking = false
+
+    public init(_ name: String) {
+        self.name = name
+    }
+
+    /// What there is for `-o`, one line each, as `-o help` prints it.
+    public func help() throws(BlockError) -> String {
+        _ = try creator()
+        var text = "Supported options:\n"
+        let all = CreationOption.options(of: format)
+        for option in all.sorted(by: { $0.name < $1.name }) {
+            let kind =
+                switch option.kind {
+                case .text: "<str>"
+                case .size: "<size>"
+                case .switching: "<bool (on/off)>"
+                case .number: "<num>"
+                }
+            let left = "  \(option.name)=\(kind)"
+            let gap = String(repeating: " ", count: max(0, 24 - left.count))
+            text += "\(left)\(gap) - \(option.help)\n"
+        }
+        return text
+    }
+
+    /// Whether `-o help` was asked for.
+    public var wantsHelp: Bool {
+        options.contains { $0.split(separator: ",").contains { $0 == "help" || $0 == "?" } }
+    }
+
+    /// Makes the image.
+    ///
+    /// - Parameter announce: called with the summary line before anything is made.
+    /// - Throws: also when there is no size, and none can be taken from a backing image.
+    public func run(
+        in session: ToolSession, announce: (String) -> Void
+    ) async throws(BlockError) {
+        do throws(BlockError) {
+            try await make(in: session, announce)
+        } catch {
+            throw error.doing("cannot create '\(name)'")
+        }
+    }
+
+    private func make(
+        in session: ToolSession, _ announce: (String) -> Void
+    ) async throws(BlockError) {
+        let creator = try creator()
+        var values = try readOptions()
+        if let backing { values["backing_file"] = backing }
+        if let backingFormat { values["backing_fmt"] = backingFormat }
+        if let size { values["size"] = String(size) }
+        if let backing = values["backing_file"] {
+            try await settle(backing: backing, &values, in: session)
+        }
+        guard let text = values["size"], let size = Int(text), size >= 0 else {
+            throw BlockError(.invalidArgument, "an image needs a size", remedy: "give one: 10G")
+        }
+        announce(summary(values))
+        // Sectors are what every reader of an image can count on.
+        guard let rounded = size.roundedUp(to: 512), rounded <= Limits.nodeSizeMax else {
+            throw BlockError(
+                .invalidArgument, "a size of \(size) bytes is too large",
+                remedy: "\(Limits.nodeSizeMax) bytes are the most")
+        }
+        values["size"] = String(rounded)
+        try await write(values, creator, in: session)
+    }
+
+    private typealias Create = @Sendable (ImageCreation) async throws(BlockError) -> Void
+
+    private func creator() throws(BlockError) -> Create {
+        guard let create = try ToolSession.registry.driver(named: format).create else {
+            throw BlockError(
+                .unsupported, "images of format '\(format)' cannot be created",
+                remedy: "use -f raw or -f qcow2")
+        }
+        return create
+    }
+
+    private func readOptions() throws(BlockError) -> [String: String] {
+        let known = CreationOption.options(of: format)
+        var result: [String: String] = [:]
+        for text in options {
+            // Dots are part of these names (`encrypt.format`), not levels.
+            for (key, value) in try Self.pairs(text) {
+                guard let option = known.first(where: { $0.name == key }) else {
+                    let names = known.map(\.name).joined(separator: ", ")
+                    throw BlockError(
+                        .invalidArgument, "format '\(format)' has no creation option '\(key)'",
+                        remedy: "use one of \(names)")
+                }
+                result[key] = try option.normalized(value)
+            }
+        }
+        return result
+    }
+
+    /// Splits `a=b,c=d`; two commas stand for one.
+    static func pairs(_ text: String) throws(BlockError) -> [(String, String)] {
+        var parts: [String] = [""]
+        var rest = text[...]
+        while let character = rest.popFirst() {
+            guard character == "," else {
+                parts[parts.count - 1].append(character)
+                continue
+            }
+            if rest.first == "," {
+                rest.removeFirst()
+                parts[parts.count - 1].append(",")
+            } else {
+                parts.append("")
+            }
+        }
+        var result: [(String, String)] = []
+        for part in parts where !part.isEmpty {
+            guard let equals = part.firstIndex(of: "=") else {
+                throw BlockError(.invalidArgument, "expected 'key=value', not '\(part)'")
+            }
+            result.append((String(part[..<equals]), String(part[part.index(after: equals)...])))
+        }
+        return result
+    }
+
+    /// Checks the backing image and takes the size from it, where none is given.
+    private func settle(
+        backing: String, _ values: inout [String: String], in session: ToolSession
+    ) async throws(BlockError) {
+        guard try ToolSession.registry.driver(named: format).supportsBacking else {
+            throw BlockError(
+                .unsupported, "format '\(format)' has no backing images", remedy: "use -f qcow2")
+        }
+        guard backing != name else {
+            throw BlockError(.invalidArgument, "an image cannot be its own backing image")
+        }
+        if trustsBacking { return }
+        let path = ImageName.resolve(backing, besides: name)
+        var source = ImageSource(path, format: values["backing_fmt"])
+        guard source.format != nil else {
+            let found = try await detectedFormat(source, in: session)
+            throw BlockError(
+                .invalidArgument, "the backing image's format is not given",
+                remedy: "'\(backing)' looks like \(found): say -F \(found) if it is")
+        }
+        source.sharesAll = true
+        let edge: Edge
+        do throws(BlockError) {
+            edge = try await session.use(source, as: "image creation")
+        } catch {
+            throw error.doing("cannot open the backing image")
+        }
+        if values["size"] == nil { values["size"] = String(edge.size) }
+        try await session.graph.detach(edge)
+    }
+
+    private func detectedFormat(
+        _ source: ImageSource, in session: ToolSession
+    ) async throws(BlockError) -> String {
+        var source = source
+        source.withoutBacking = true
+        guard case .string(let format) = try await session.options(for: source)["driver"] else {
+            return "raw"
+        }
+        return format
+    }
+
+    private func summary(_ values: [String: String]) -> String {
+        var text = "Formatting '\(name)', fmt=\(format)"
+        for option in CreationOption.options(of: format) {
+            guard let value = values[option.name] ?? option.standard else { continue }
+            let escaped = value.split(separator: ",", omittingEmptySubsequences: false)
+                .joined(separator: ",,")
+            text += " \(option.name)=\(escaped)"
+        }
+        return text
+    }
+
+    private func write(
+        _ values: [String: String], _ create: @escaping Create, in session: ToolSession
+    ) async throws(BlockError) {
+        let known = CreationOption.options(of: format)
+        let path = name.hasPrefix("file:") ? String(name.dropFirst(5)) : name
+        var options: JSONObject = [:]
+        var file: JSONObject = ["filename": .string(path), "size": 0]
+        for option in known {
+            guard let value = values[option.name] else { continue }
+            if ["nocow", "extent_size_hint"].contains(option.name) {
+                file[option.driverName] = option.driverValue(value)
+            } else {
+                options[option.driverName] = option.driverValue(value)
+            }
+        }
+        // The file is made first, empty, and the format then in it. What a raw image reserves is
+        // reserved by the file.
+        if format == "raw" {
+            file["size"] = options["size"]
+            file["preallocation"] = options["preallocation"]
+        }
+        try await Self.create(
+            try ToolSession.registry.driver(named: "file").create, file, in: session)
+        if format == "raw" { return }
+        options["file"] = ["driver": "file", "filename": .string(path)]
+        try await Self.create(create, options, in: session)
+    }
+
+    private static func create(
+        _ create: Create?, _ options: JSONObject, in session: ToolSession
+    ) async throws(BlockError) {
+        guard let create else { return }
+        let creation = ImageCreation(
+            session.graph, options: try OptionReader(.object(options), of: "the new image"))
+        do throws(BlockError) {
+            try await create(creation)
+        } catch {
+            try? await creation.finish()
+            throw error
+        }
+        try await creation.finish()
+    }
+}

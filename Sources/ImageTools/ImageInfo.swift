@@ -1,0 +1,157 @@
+import BlockCore
+import BlockGraph
+import BlockProtocols
+import QMP
+
+/// What `info` tells of one image.
+public struct ImageInfo: Sendable {
+    public var filename: String
+    public var format: String
+    /// In bytes, as a guest sees it.
+    public var virtualSize: Int
+    /// Bytes that it takes on storage; `nil` where that is not known.
+    public var actualSize: Int?
+    /// 0 where there are no clusters.
+    public var clusterSize: Int
+    public var isDirty: Bool
+    public var backingName: String?
+    /// As seen from where the command runs.
+    public var backingPath: String?
+    public var backingFormat: String?
+    /// `{"type": …, "data": {…}}`.
+    public var specific: JSONValue?
+
+    // MARK: Gathering
+
+    /// - Parameter filename: what the user called the image; `nil` takes the driver's name for it.
+    public init(of node: BlockNode, filename: String? = nil) async throws(BlockError) {
+        let information = try await node.driver.information
+        self.filename = filename ?? node.driver.filename
+        format = node.description.name
+        virtualSize = node.size
+        var storage = node
+        while let file = storage.file { storage = file.node }
+        if let file = storage.driver as? FileDriver {
+            actualSize = try await file.allocatedBytes()
+        }
+        clusterSize = information.clusterSize
+        isDirty = information.isDirty
+        backingName = information.backingName
+        backingFormat = information.backingFormat
+        backingPath = backingName.map { ImageName.resolve($0, besides: self.filename) }
+        specific = information.formatSpecific
+    }
+
+    /// The image's information, and with `chain` that of its backing images, top first.
+    public static func gather(
+        _ source: ImageSource, chain: Bool, in session: ToolSession
+    ) async throws(BlockError) -> [ImageInfo] {
+        var result: [ImageInfo] = []
+        var seen: Set<String> = []
+        var next: ImageSource? = source
+        while var source = next {
+            source.withoutBacking = true
+            let isPlain = !source.isOptions && !source.name.hasPrefix("json:")
+            let info = try await one(source, isPlain ? source.name : nil, in: session)
+            result.append(info)
+            next = nil
+            guard chain, let path = info.backingPath else { break }
+            guard seen.insert(path).inserted, result.count < Limits.graphDepthMax else {
+                throw BlockError(
+                    .corrupt, "the backing chain of '\(result[0].filename)' comes back to '\(path)'"
+                )
+            }
+            var below = ImageSource(path, format: info.backingFormat)
+            below.sharesAll = source.sharesAll
+            next = below
+        }
+        return result
+    }
+
+    private static func one(
+        _ source: ImageSource, _ filename: String?, in session: ToolSession
+    ) async throws(BlockError) -> ImageInfo {
+        let edge = try await session.use(source, as: "image information")
+        let name = filename.map { $0.hasPrefix("file:") ? String($0.dropFirst(5)) : $0 }
+        let info = try await ImageInfo(of: edge.node, filename: name)
+        try await session.graph.detach(edge)
+        return info
+    }
+
+    // MARK: Text
+
+    /// As people read it.
+    public var text: String {
+        var lines = [
+            "image: \(filename)", "file format: \(format)",
+            "virtual size: \(SizeText.format(virtualSize)) (\(virtualSize) bytes)",
+            "disk size: \(actualSize.map(SizeText.format) ?? "unavailable")",
+        ]
+        if clusterSize > 0 { lines.append("cluster_size: \(clusterSize)") }
+        if isDirty { lines.append("cleanly shut down: no") }
+        if let backingName {
+            var line = "backing file: \(backingName)"
+            if let backingPath, backingPath != backingName {
+                line += " (actual path: \(backingPath))"
+            }
+            lines.append(line)
+        }
+        if let backingFormat { lines.append("backing file format: \(backingFormat)") }
+        var text = lines.joined(separator: "\n") + "\n"
+        if let data = specific?["data"] { text += Self.specificText(data) }
+        return text
+    }
+
+    /// The lines on what only this format has; also in the exerciser's `info`.
+    static func specificText(_ data: JSONValue) -> String {
+        "Format specific information:\n" + lines(data, level: 1)
+    }
+
+    private static func lines(_ value: JSONValue, level: Int) -> String {
+        let indent = String(repeating: "    ", count: level)
+        switch value {
+        case .object(let object):
+            return object.members.map { member in
+                let key = String(member.key.map { $0 == "-" ? " " : $0 })
+                return indent + key + ":" + tail(member.value, level)
+            }.joined()
+        case .array(let values):
+            return values.enumerated().map { index, value in
+                "\(indent)[\(index)]:" + tail(value, level)
+            }.joined()
+        default:
+            return indent + scalar(value) + "\n"
+        }
+    }
+
+    /// What follows a key: a value on its line, or a group below it.
+    private static func tail(_ value: JSONValue, _ level: Int) -> String {
+        switch value {
+        case .object, .array: "\n" + lines(value, level: level + 1)
+        default: " " + scalar(value) + "\n"
+        }
+    }
+
+    private static func scalar(_ value: JSONValue) -> String {
+        if case .string(let text) = value { return text }
+        return value.text()
+    }
+
+    /// With the keys of QMP's `ImageInfo`.
+    public var json: JSONValue {
+        var result: JSONObject = [:]
+        if let backingFormat { result["backing-filename-format"] = .string(backingFormat) }
+        result["virtual-size"] = .integer(virtualSize)
+        result["filename"] = .string(filename)
+        if clusterSize > 0 { result["cluster-size"] = .integer(clusterSize) }
+        result["format"] = .string(format)
+        if let actualSize { result["actual-size"] = .integer(actualSize) }
+        if let specific { result["format-specific"] = specific }
+        if let backingName, let backingPath {
+            result["full-backing-filename"] = .string(backingPath)
+            result["backing-filename"] = .string(backingName)
+        }
+        result["dirty-flag"] = .bool(isDirty)
+        return .object(result)
+    }
+}

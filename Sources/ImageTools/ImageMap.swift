@@ -1,0 +1,117 @@
+import BlockCore
+import BlockGraph
+
+/// `map`: where an image's data lies, over its whole backing chain.
+public enum ImageMap {
+    /// Bytes that are stored alike and together.
+    public struct Entry: Sendable, Equatable {
+        public var start: Int
+        public var length: Int
+        /// How many layers below the top one has it; for what no layer has, the lowest.
+        public var depth: Int
+        /// Whether a layer has it.
+        public var isPresent: Bool
+        public var isZero: Bool
+        public var isData: Bool
+        public var isCompressed: Bool
+        /// Where in `filename` it begins; `nil` where it has no place of its own.
+        public var offset: Int?
+        public var filename: String?
+    }
+
+    /// Walks `range` of the node behind `edge`, calling `found` for each entry as it is known.
+    public static func walk(
+        _ edge: Edge, _ range: ByteRange, _ found: (Entry) -> Void
+    ) async throws(BlockError) {
+        let lowest = layerCount(below: edge.node) - 1
+        var current: Entry?
+        var offset = range.offset
+        while offset < range.end {
+            // Long questions are put in parts, so that the answer does not need the whole image.
+            let asked = ByteRange(offset, min(range.end - offset, 1 << 30))
+            let status = try await edge.chainStatus(asked)
+            let next = entry(offset, status, lowest, top: edge.node)
+            if let joined = current.flatMap({ join($0, next) }) {
+                current = joined
+            } else {
+                if let current { found(current) }
+                current = next
+            }
+            offset += status.count
+        }
+        if let current { found(current) }
+    }
+
+    private static func layerCount(below node: BlockNode) -> Int {
+        var count = 1
+        var layer = node
+        while count < Limits.graphDepthMax {
+            while layer.description.kind == .filter, let child = layer.filteredChild {
+                layer = child.node
+            }
+            guard let backing = layer.backing else { break }
+            layer = backing.node
+            count += 1
+        }
+        return count
+    }
+
+    private static func entry(
+        _ offset: Int, _ status: ChainStatus, _ lowest: Int, top: BlockNode
+    ) -> Entry {
+        Entry(
+            start: offset, length: status.count, depth: status.depth ?? lowest,
+            isPresent: status.depth != nil && status.flags.contains(.allocated),
+            isZero: status.flags.contains(.zero),
+            isData: status.flags.contains(.data),
+            isCompressed: status.flags.contains(.compressed),
+            offset: status.mapping?.offset,
+            filename: status.mapping.map { ($0.node ?? top).driver.filename })
+    }
+
+    private static func join(_ first: Entry, _ second: Entry) -> Entry? {
+        guard first.depth == second.depth, first.isPresent == second.isPresent,
+            first.isZero == second.isZero, first.isData == second.isData,
+            first.isCompressed == second.isCompressed, first.filename == second.filename
+        else { return nil }
+        switch (first.offset, second.offset) {
+        case (nil, nil): break
+        case (let start?, let next?): if start + first.length != next { return nil }
+        default: return nil
+        }
+        var result = first
+        result.length += second.length
+        return result
+    }
+}
+
+extension ImageMap.Entry {
+    /// As an element of the JSON array, in the order of keys that scripts know.
+    public var json: String {
+        var text =
+            "{ \"start\": \(start), \"length\": \(length), \"depth\": \(depth), "
+            + "\"present\": \(isPresent), \"zero\": \(isZero), \"data\": \(isData)"
+        if let offset { text += ", \"offset\": \(offset)" }
+        return text + "}"
+    }
+
+    public static let heading = "Offset          Length          Mapped to       File\n"
+
+    /// The line for people; `nil` for what they are not shown: zeroes and what is not there.
+    ///
+    /// - Throws: where data has no place to point to: it is stored compressed or encrypted.
+    public func line() throws(BlockError) -> String? {
+        guard isData, !isZero else { return nil }
+        guard let offset, let filename else {
+            throw BlockError(
+                .unsupported, "the bytes at \(start) are stored compressed or encrypted",
+                remedy: "use --output=json")
+        }
+        return [start, length, offset].map(Self.column).joined() + filename + "\n"
+    }
+
+    private static func column(_ value: Int) -> String {
+        let text = value == 0 ? "0" : "0x" + String(value, radix: 16)
+        return text + String(repeating: " ", count: max(0, 16 - text.count))
+    }
+}

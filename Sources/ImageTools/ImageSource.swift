@@ -1,0 +1,174 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import QMP
+
+/// How an image is named and opened on a command line.
+public struct ImageSource: Sendable {
+    /// A path, `json:{…}`, or with ``isOptions`` node options: `driver=qcow2,file.filename=x`.
+    public var name: String
+    public var isOptions = false
+    /// `nil`: found out from the image's first bytes.
+    public var format: String?
+    public var isWritable = false
+    public var cache = CacheMode.writeback
+    public var discards = false
+    public var zeroDetection: String?
+    public var asynchronousIO: String?
+    /// Others may write meanwhile (`-U`).
+    public var sharesAll = false
+    /// The image alone: its backing image stays closed.
+    public var withoutBacking = false
+
+    public init(_ name: String, format: String? = nil, isOptions: Bool = false) {
+        self.name = name
+        self.format = format
+        self.isOptions = isOptions
+    }
+}
+
+/// The cache modes of QEMU's tools.
+public enum CacheMode: String, Sendable, CaseIterable {
+    case none, writeback, writethrough, directsync, unsafe
+
+    /// - Throws: `invalidArgument` with the modes there are.
+    public init(named name: String) throws(BlockError) {
+        // `off` is what `none` was called first.
+        guard let mode = name == "off" ? CacheMode.none : CacheMode(rawValue: name) else {
+            throw BlockError(
+                .invalidArgument, "there is no cache mode '\(name)'",
+                remedy: "use none, writeback, writethrough, directsync or unsafe")
+        }
+        self = mode
+    }
+
+    /// Past the host's page cache.
+    public var isDirect: Bool { self == .none || self == .directsync }
+    public var ignoresFlush: Bool { self == .unsafe }
+    /// Every write is durable before it completes.
+    public var isWriteThrough: Bool { self == .writethrough || self == .directsync }
+}
+
+extension ImageSource {
+    /// Reads a discard mode (`-d`, `--discard`).
+    public static func discards(mode: String) throws(BlockError) -> Bool {
+        switch mode {
+        case "unmap", "on": return true
+        case "ignore", "off": return false
+        default:
+            throw BlockError(
+                .invalidArgument, "there is no discard mode '\(mode)'",
+                remedy: "use ignore or unmap")
+        }
+    }
+}
+
+extension ToolSession {
+    /// The node options that open `source`.
+    ///
+    /// - Throws: also when the format must be found out and the image cannot be read.
+    public func options(for source: ImageSource) async throws(BlockError) -> JSONValue {
+        var options = try await namedOptions(source)
+        setDefault("read-only", .bool(!source.isWritable), in: &options)
+        setDefault("discard", source.discards ? "unmap" : "ignore", in: &options)
+        if let detection = source.zeroDetection { options["detect-zeroes"] = .string(detection) }
+        if source.sharesAll { options["force-share"] = true }
+        setDefault(
+            "cache",
+            [
+                "direct": .bool(source.cache.isDirect),
+                "no-flush": .bool(source.cache.ignoresFlush),
+            ], in: &options)
+        if source.withoutBacking, case .string(let name) = options["driver"],
+            try Self.registry.driver(named: name).supportsBacking
+        {
+            options["backing"] = .null
+        }
+        return .object(options)
+    }
+
+    private func setDefault(_ key: String, _ value: JSONValue, in options: inout JSONObject) {
+        if options[key] == nil { options[key] = value }
+    }
+
+    /// What the name says: a driver at least.
+    private func namedOptions(_ source: ImageSource) async throws(BlockError) -> JSONObject {
+        if source.isOptions {
+            guard source.format == nil else {
+                throw BlockError(
+                    .invalidArgument, "--image-opts and a format exclude each other",
+                    remedy: "name the format in the options, as in driver=qcow2")
+            }
+            return try await completed(KeyValue.parse(source.name), source)
+        }
+        if source.name.hasPrefix("json:") {
+            return try await completed(JSONParser.parse(String(source.name.dropFirst(5))), source)
+        }
+        var file = try await fileOptions(source.name)
+        if let aio = source.asynchronousIO { file["aio"] = .string(aio) }
+        return try await formatted(source.format, file)
+    }
+
+    /// Adds the drivers that options leave out.
+    private func completed(
+        _ value: JSONValue, _ source: ImageSource
+    ) async throws(BlockError) -> JSONObject {
+        guard case .object(var options) = value else {
+            throw BlockError(.invalidArgument, "an image's options must be an object")
+        }
+        if case .object(var file) = options["file"] {
+            if file["driver"] == nil, case .string(let path) = file["filename"] {
+                file["driver"] = try await fileOptions(path)["driver"]
+            }
+            if let aio = source.asynchronousIO { setDefault("aio", .string(aio), in: &file) }
+            options["file"] = .object(file)
+            if let format = source.format { setDefault("driver", .string(format), in: &options) }
+            if options["driver"] == nil {
+                let found = try await formatted(nil, file)
+                for member in found.members { options[member.key] = member.value }
+            }
+        }
+        return options
+    }
+
+    private func fileOptions(_ name: String) async throws(BlockError) -> JSONObject {
+        let path = name.hasPrefix("file:") ? String(name.dropFirst(5)) : name
+        var file: JSONObject = ["driver": "file", "filename": .string(path)]
+        if let isDevice = try? await isBlockDevice(path), isDevice {
+            file["driver"] = "host_device"
+        }
+        return file
+    }
+
+    private func formatted(
+        _ format: String?, _ file: JSONObject
+    ) async throws(BlockError) -> JSONObject {
+        var name = format
+        if name == nil { name = try await probe(file) }
+        return ["driver": .string(name ?? "raw"), "file": .object(file)]
+    }
+
+    private func isBlockDevice(_ path: String) async throws(BlockError) -> Bool {
+        let file = try await File.open(path, FileOptions(writable: false), on: thread)
+        let kind = try? await file.status().kind
+        await file.close()
+        return kind == .blockDevice
+    }
+
+    /// The format of an image from its first bytes.
+    func probe(_ file: JSONObject) async throws(BlockError) -> String {
+        var options = file
+        // Reading only: neither the file's lock nor another cache mode matters.
+        options["read-only"] = true
+        options["force-share"] = true
+        options["aio"] = nil
+        let node = try await graph.open(.object(options))
+        let edge = try graph.attach(NamedUser("format detection"), to: node, .read)
+        node.release("opening")
+        let start = try IOVector(allocating: min(4096, node.size))
+        try await edge.read(0, into: start)
+        let format = start.array.withUnsafeBytes { Self.registry.probe($0) }
+        try await graph.detach(edge)
+        return format
+    }
+}

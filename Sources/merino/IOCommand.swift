@@ -1,0 +1,95 @@
+import ArgumentParser
+import BlockCore
+import BlockIO
+import ImageTools
+
+/// `merino io`: reads and writes an image command by command, with the options of `qemu-io`.
+struct IOCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "io", abstract: "Read and write an image by commands, as qemu-io does.",
+        discussion: """
+            Commands come from -c, one after the other, or else from standard input, one a line. \
+            'merino io -c help' lists them. The exit code is 1 when one of them failed.
+            """)
+
+    @Argument(help: "The image; 'open' can name it too.") var file: String?
+    @Option(
+        name: [.customShort("c", allowingJoined: true), .customLong("cmd")],
+        help: "A command; several are run in order.")
+    var commands: [String] = []
+    @OptionGroup var image: ImageArguments
+    @Flag(name: [.customShort("r"), .customLong("read-only")], help: "Only for reading.")
+    var readOnly = false
+    @Flag(name: [.customShort("n"), .long], help: "The same as -t none.") var nocache = false
+    @Option(
+        name: [.customShort("t", allowingJoined: true), .long],
+        help: "none, writeback, writethrough, directsync or unsafe.")
+    var cache = "writeback"
+    @Option(
+        name: [.customShort("d", allowingJoined: true), .long], help: "unmap or ignore.")
+    var discard = "unmap"
+    @Flag(name: [.customShort("k"), .customLong("native-aio")], help: "The same as -i native.")
+    var nativeAIO = false
+    @Option(
+        name: [.customShort("i", allowingJoined: true), .long],
+        help: "threads, native or io_uring.")
+    var aio: String?
+    @Flag(name: [.customShort("s"), .long], help: "Not supported.") var snapshot = false
+    @Flag(name: [.customShort("C"), .customLong("copy-on-read")], help: "Not supported.")
+    var copyOnRead = false
+    @Flag(name: [.customShort("m"), .long], help: "Taken for compatibility; does nothing.")
+    var misalign = false
+
+    func run() throws {
+        var hasFailed = false
+        try Failure.rethrow { () throws(BlockError) in
+            let source = try source
+            let (commands, isNamed) = (commands, file != nil)
+            hasFailed = try ToolSession.run { session throws(BlockError) in
+                let exerciser = Exerciser(in: session, standard: source) {
+                    StandardOutput.print($0)
+                } notice: {
+                    StandardError.print("\(Merino.program): \($0)")
+                }
+                if isNamed { try await exerciser.open(source) }
+                let failed = await Self.feed(exerciser, commands, session)
+                try await exerciser.close()
+                return failed
+            }
+        }
+        if hasFailed { throw ExitCode(1) }
+    }
+
+    private var source: ImageSource {
+        get throws(BlockError) {
+            for (isGiven, name) in [(snapshot, "--snapshot"), (copyOnRead, "--copy-on-read")]
+            where isGiven { throw .notThere(name) }
+            var source = try image.source(file ?? "")
+            source.isWritable = !readOnly
+            source.cache = nocache ? .none : try CacheMode(named: cache)
+            source.discards = try ImageSource.discards(mode: discard)
+            source.asynchronousIO = nativeAIO ? "native" : aio
+            return source
+        }
+    }
+
+    /// Runs the commands, or those of standard input.
+    ///
+    /// - Returns: whether one failed.
+    private static func feed(
+        _ exerciser: Exerciser, _ commands: [String], _ session: ToolSession
+    ) async -> Bool {
+        var hasFailed = false
+        for command in commands where !exerciser.isFinished {
+            if await !exerciser.run(command) { hasFailed = true }
+        }
+        guard commands.isEmpty else { return hasFailed }
+        while !exerciser.isFinished {
+            StandardOutput.print("\(Merino.program == "merino" ? "merino" : "qemu-io")> ")
+            // Requests on their way go on while a person types.
+            guard let line = await session.thread.offload({ readLine() }) else { break }
+            if await !exerciser.run(line) { hasFailed = true }
+        }
+        return hasFailed
+    }
+}

@@ -1,0 +1,46 @@
+import ArgumentParser
+import BlockCore
+import ImageTools
+
+/// How the commands that look at images name them.
+struct ImageArguments: ParsableArguments {
+    @Option(
+        name: [.customShort("f", allowingJoined: true), .long],
+        help: "The image's format; found out when not given.")
+    var format: String?
+    @Flag(
+        name: .customLong("image-opts"),
+        help: "The image is given as options: driver=qcow2,file.filename=….")
+    var imageOptions = false
+    @Flag(
+        name: [.customShort("U"), .customLong("force-share")],
+        help: "Look at it even while another program writes it.")
+    var forceShare = false
+    @Option(help: "An object that the image needs, as in secret,id=….") var object: [String] = []
+
+    func source(_ name: String) throws(BlockError) -> ImageSource {
+        guard object.isEmpty else { throw .notThere("--object with images") }
+        var source = ImageSource(name, format: format, isOptions: imageOptions)
+        source.sharesAll = forceShare
+        return source
+    }
+}
+
+/// Reads numbers of command lines.
+enum ArgumentText {
+    static func size(_ text: String, _ what: String) throws(BlockError) -> Int {
+        guard let size = SizeText.parse(text) else {
+            throw BlockError(
+                .invalidArgument, "\(what) cannot be '\(text)'",
+                remedy: "give bytes, or a number with k, M, G, T, P or E")
+        }
+        return size
+    }
+}
+
+extension BlockError {
+    /// An option of the compatible command line that is not there yet.
+    static func notThere(_ what: String) -> BlockError {
+        BlockError(.unsupported, "\(what) is not supported")
+    }
+}

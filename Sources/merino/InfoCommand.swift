@@ -1,0 +1,38 @@
+import ArgumentParser
+import BlockCore
+import ImageTools
+import QMP
+
+/// How results are printed.
+enum OutputFormat: String, ExpressibleByArgument, CaseIterable {
+    case human, json
+}
+
+/// `merino info`: what an image is, with the options of `qemu-img info`.
+struct InfoCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "info", abstract: "Say what an image is, as qemu-img info does.")
+
+    @Argument(help: "The image.") var file: String
+    @OptionGroup var image: ImageArguments
+    @Option(help: "human, or json for programs.") var output = OutputFormat.human
+    @Flag(name: .customLong("backing-chain"), help: "Tell of the backing images too.")
+    var backingChain = false
+
+    func run() throws {
+        try Failure.rethrow { () throws(BlockError) in
+            let source = try image.source(file)
+            let chain = backingChain
+            let found = try ToolSession.run { session throws(BlockError) in
+                try await ImageInfo.gather(source, chain: chain, in: session)
+            }
+            switch output {
+            case .human:
+                StandardOutput.print(found.map(\.text).joined(separator: "\n"))
+            case .json:
+                let value = chain ? .array(found.map(\.json)) : found.first?.json ?? .null
+                StandardOutput.print(value.text(pretty: true) + "\n")
+            }
+        }
+    }
+}

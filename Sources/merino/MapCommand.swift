@@ -1,0 +1,52 @@
+import ArgumentParser
+import BlockCore
+import ImageTools
+
+/// `merino map`: where an image's data lies, with the options of `qemu-img map`.
+struct MapCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "map", abstract: "Say where an image's data lies, as qemu-img map does.")
+
+    @Argument(help: "The image.") var file: String
+    @OptionGroup var image: ImageArguments
+    @Option(help: "human, or json for programs.") var output = OutputFormat.human
+    @Option(
+        name: [.customShort("s", allowingJoined: true), .customLong("start-offset")],
+        help: "Begin here.")
+    var start = "0"
+    @Option(
+        name: [.customShort("l", allowingJoined: true), .customLong("max-length")],
+        help: "So many bytes.")
+    var length: String?
+
+    func run() throws {
+        try Failure.rethrow { () throws(BlockError) in
+            let source = try image.source(file)
+            let first = try ArgumentText.size(start, "the start offset")
+            var count: Int?
+            if let length { count = try ArgumentText.size(length, "the length") }
+            let (wanted, isJSON) = (count ?? .max, output == .json)
+            try ToolSession.run { session throws(BlockError) in
+                let edge = try await session.use(source, as: "image map")
+                let begin = min(first, edge.size)
+                let range = ByteRange(begin, min(wanted, edge.size - begin))
+                var failure: BlockError?
+                var separator = "["
+                if !isJSON { StandardOutput.print(ImageMap.Entry.heading) }
+                try await ImageMap.walk(edge, range) { entry in
+                    if isJSON {
+                        StandardOutput.print(separator + entry.json)
+                        separator = ",\n"
+                        return
+                    }
+                    do throws(BlockError) {
+                        if let line = try entry.line() { StandardOutput.print(line) }
+                    } catch { failure = failure ?? error }
+                }
+                if isJSON { StandardOutput.print((separator == "[" ? "[" : "") + "]\n") }
+                try await session.graph.detach(edge)
+                if let failure { throw failure }
+            }
+        }
+    }
+}

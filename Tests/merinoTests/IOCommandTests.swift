@@ -1,0 +1,91 @@
+import Foundation
+import Testing
+
+/// `io` beside `qemu-io`.
+@Suite struct IOCommandTests {
+    private static let scripts: [[String]] = [
+        ["write 0 64k", "read -P 0xcd 0 64k", "read -P 1 0 4k", "length"],
+        ["write -P 5 513 1000", "read -v 510 40", "read -P 5 -s 3 -l 1000 510 1003"],
+        ["writev -P 7 4k 1k 2k 512", "readv -v -P 7 4k 16 16", "readv -P 8 4k 1k"],
+        ["write -q 0 4k", "read -q 0 4k", "write -z 1k 1k", "read -v 1000 64"],
+        ["write -zu 64k 64k", "write -f 0 4k", "write -zf 4k 4k", "discard 0 64k", "flush"],
+        ["alloc 0 20M", "alloc 3", "alloc 3 100", "map", "info"],
+        ["truncate 11M", "length", "truncate 12345", "length", "map"],
+        ["read 20M 4k", "read 10M 1", "write 10M 512", "discard 20M 4k", "readv 20M 4k"],
+        ["write -n 0 4k", "write -u 0 4k"],
+        ["reopen -r", "read -P 0 0 4k", "write 0 4k", "reopen -w", "write 0 4k"],
+        ["close", "read 0 4k", "open a.raw", "open a.raw", "read 0 4k"],
+        ["aio_write -P 9 0 64k", "aio_flush", "aio_read -P 9 0 64k", "aio_flush"],
+        ["read 0x200 0x10", "write 1k 0", "sleep 1", "quit", "read 0 4k"],
+        ["foo"], ["read"], ["read x 1"], ["read 0 y"], ["write -P 300 0 1"], ["write -k 0 1"],
+        ["write -c 0 64k"],
+    ]
+
+    @Test("commands have qemu-io's results and exit code", arguments: scripts)
+    func likeQEMU(_ script: [String]) throws {
+        let (ours, theirs) = (try Workplace(), try Workplace())
+        for place in [ours, theirs] {
+            try place.tool("qemu-img", "create", "-q", "a.raw", "10M")
+        }
+        let arguments = ["-f", "raw"] + script.flatMap { ["-c", $0] } + ["a.raw"]
+        let own = try ours.run(Workplace.merino, ["io"] + arguments)
+        let other = try theirs.run("/usr/bin/env", ["qemu-io"] + arguments)
+        #expect(own.status == other.status, "\(own.errors)")
+        let (result, expected) = (Self.lines(own.output), Self.lines(other.output))
+        #expect(result == expected)
+        let files = [ours, theirs].map {
+            FileManager.default.contents(atPath: "\($0.folder)/a.raw")
+        }
+        #expect(files[0] == files[1])
+    }
+
+    /// The result lines: no times, and no words on misuse, which are each program's own.
+    private static func lines(_ output: String) -> [String] {
+        Workplace.withoutTimes(output).split(separator: "\n").map(String.init).filter { line in
+            !["requires -z", "Parsing error", "valid pattern", " -- writes", "write failed"]
+                .contains { line.contains($0) }
+        }
+    }
+
+    @Test func commandsOfStandardInputAreRun() throws {
+        let place = try Workplace()
+        try place.merino("create", "-q", "a.raw", "1M")
+        let result = try place.merino(
+            "io", "-f", "raw", "a.raw", input: "write -P 3 0 4k\nread -P 3 0 4k\nquit\nread 0 1\n")
+        #expect(result.status == 0)
+        #expect(result.output.contains("merino> wrote 4096/4096 bytes at offset 0\n"))
+        #expect(result.output.contains("merino> read 4096/4096 bytes at offset 0\n"))
+        #expect(!result.output.contains("read 1/1"))
+    }
+
+    @Test func readOnlyImageIsNotWritten() throws {
+        let place = try Workplace()
+        try place.merino("create", "-q", "a.raw", "1M")
+        let result = try place.merino(
+            "io", "-r", "-f", "raw", "-c", "write 0 4k", "-c", "read -P 0 0 4k", "a.raw")
+        #expect(result.status == 1)
+        #expect(result.errors.contains("read-only"))
+        #expect(result.output.hasPrefix("read 4096/4096 bytes"))
+    }
+
+    @Test(
+        "what drivers not there yet would be needed for is refused by name",
+        arguments: ["break event tag", "resume tag", "zone_report 0 1", "write -b 0 1", "abort"])
+    func refuses(_ command: String) throws {
+        let place = try Workplace()
+        try place.merino("create", "-q", "a.raw", "1M")
+        let result = try place.merino("io", "-f", "raw", "-c", command, "a.raw")
+        #expect(result.status == 1)
+        #expect(result.output == "" && result.errors.hasPrefix("merino: "))
+    }
+
+    @Test func writeTakesAFilesBytes() throws {
+        let place = try Workplace()
+        try place.merino("create", "-q", "a.raw", "1M")
+        try "abc".write(toFile: "\(place.folder)/p", atomically: false, encoding: .utf8)
+        let result = try place.merino("io", "-f", "raw", "-c", "write -s p 1 8", "a.raw")
+        #expect(result.status == 0, "\(result.errors)")
+        let bytes = FileManager.default.contents(atPath: "\(place.folder)/a.raw")?.prefix(10)
+        #expect(bytes.map(Array.init) == Array("\0abcabcab\0".utf8))
+    }
+}
