@@ -47,7 +47,7 @@ final class Workplace {
         let names = ["in", "out", "err"].map { "\(folder)/.\($0)-\(UInt64.random(in: 0 ... .max))" }
         try input.write(toFile: names[0], atomically: false, encoding: .utf8)
         for name in names.dropFirst() {
-            FileManager.default.createFile(atPath: name, contents: nil)
+            try "".write(toFile: name, atomically: false, encoding: .utf8)
         }
         process.standardInput = FileHandle(forReadingAtPath: names[0])
         process.standardOutput = FileHandle(forWritingAtPath: names[1])
