@@ -17,6 +17,9 @@ public struct ImageSource: Sendable {
     public var asynchronousIO: String?
     /// Others may write meanwhile (`-U`).
     public var sharesAll = false
+    /// Called when a writable image's format was found out to be raw: what a guest writes is held
+    /// back then where it would make the image look like another format.
+    public var foundRaw: (@Sendable () -> Void)?
     /// The image alone: its backing image stays closed.
     public var withoutBacking = false
 
@@ -87,6 +90,13 @@ extension ToolSession {
         return .object(options)
     }
 
+    /// Guards what was found to be raw, if it is to be written.
+    private func guardProbed(_ options: inout JSONObject, _ source: ImageSource) {
+        guard source.isWritable, options["driver"] == "raw" else { return }
+        options["x-probed"] = true
+        source.foundRaw?()
+    }
+
     private func setDefault(_ key: String, _ value: JSONValue, in options: inout JSONObject) {
         if options[key] == nil { options[key] = value }
     }
@@ -106,7 +116,9 @@ extension ToolSession {
         }
         var file = try await fileOptions(source.name)
         if let aio = source.asynchronousIO { file["aio"] = .string(aio) }
-        return try await formatted(source.format, file)
+        var options = try await formatted(source.format, file)
+        if source.format == nil { guardProbed(&options, source) }
+        return options
     }
 
     /// Adds the drivers that options leave out.
@@ -126,6 +138,7 @@ extension ToolSession {
             if options["driver"] == nil {
                 let found = try await formatted(nil, file)
                 for member in found.members { options[member.key] = member.value }
+                guardProbed(&options, source)
             }
         }
         return options

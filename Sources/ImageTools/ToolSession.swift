@@ -40,9 +40,13 @@ public final class ToolSession: Sendable {
 
     /// Opens an image.
     ///
-    /// - Returns: its top node, held by the monitor.
-    public func open(_ source: ImageSource) async throws(BlockError) -> BlockNode {
-        let options = try await options(for: source)
+    /// - Parameter start: where in it the node begins, in bytes: a multiple of 512.
+    /// - Returns: its top node, held as "command".
+    public func open(
+        _ source: ImageSource, from start: Int = 0
+    ) async throws(BlockError) -> BlockNode {
+        var options = try await options(for: source)
+        if start > 0 { options = try window(options, from: start) }
         let node = try await graph.open(options)
         node.hold("command")
         node.release("opening")
@@ -58,5 +62,19 @@ public final class ToolSession: Sendable {
         let node = try await graph.open(try await options(for: source))
         defer { node.release("opening") }
         return try graph.attach(NamedUser(user), to: node, access)
+    }
+
+    /// Options of a raw node over the image, and of the image itself below it.
+    private func window(
+        _ image: JSONValue, from start: Int
+    ) throws(BlockError) -> JSONValue {
+        guard case .object(var below) = image else { return image }
+        var options: JSONObject = ["driver": "raw", "offset": .integer(start)]
+        for key in ["read-only", "discard", "detect-zeroes", "cache"] {
+            options[key] = below[key]
+        }
+        below["detect-zeroes"] = nil
+        options["file"] = .object(below)
+        return .object(options)
     }
 }

@@ -69,6 +69,7 @@ struct IOCommand: ParsableCommand {
             source.cache = nocache ? .none : try CacheMode(named: cache)
             source.discards = try ImageSource.discards(mode: discard)
             source.asynchronousIO = nativeAIO ? "native" : aio
+            source.warnOfProbing()
             return source
         }
     }

@@ -44,3 +44,18 @@ extension BlockError {
         BlockError(.unsupported, "\(what) is not supported")
     }
 }
+
+extension ImageSource {
+    /// Warns where the image's format is found out to be raw.
+    mutating func warnOfProbing() {
+        let name = name
+        foundRaw = {
+            StandardError.print(
+                """
+                WARNING: the format of '\(name)' was not given, and it looks raw.
+                         Writes that would make its first bytes look like another format are refused.
+                         Say '-f raw' to lift that.
+                """)
+        }
+    }
+}

@@ -4,6 +4,7 @@ import BlockExports
 import BlockGraph
 import BlockIO
 import ImageTools
+import QMP
 
 #if canImport(Glibc)
 import Glibc
@@ -14,31 +15,168 @@ import Musl
 /// `merino serve`: one image over NBD, with the options of `qemu-nbd(8)`.
 struct ServeCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "serve", abstract: "Serve one image over NBD, as qemu-nbd does.")
+        commandName: "serve", abstract: "Serve one image over NBD, as qemu-nbd does.",
+        discussion: """
+            It ends on SIGINT, SIGTERM or SIGHUP, or without -t when the last client has left. \
+            Listening sockets of a service manager (LISTEN_FDS) take the place of -k, -p and -b.
+            """)
 
     @Argument(help: "The image.") var file: String
+    @OptionGroup var opening: ServeOpening
+    @OptionGroup var refused: RefusedServeOptions
     @Option(
-        name: [.customShort("f"), .long], help: "The image's format; found out when not given.")
-    var format: String?
-    @Option(name: [.customShort("k"), .long], help: "Listen on this Unix socket.")
+        name: [.customShort("k", allowingJoined: true), .long],
+        help: "Listen on this Unix socket.")
     var socket: String?
-    @Option(name: [.customShort("p"), .long], help: "Listen on this TCP port.")
-    var port: UInt16 = 10809
-    @Option(name: [.customShort("b"), .long], help: "Listen on this address.")
-    var bind = "0.0.0.0"
-    @Option(name: [.customShort("x"), .customLong("export-name")], help: "The export's name.")
+    @Option(
+        name: [.customShort("p", allowingJoined: true), .long], help: "Listen on this TCP port.")
+    var port: UInt16?
+    @Option(
+        name: [.customShort("b", allowingJoined: true), .long], help: "Listen on this address.")
+    var bind: String?
+    @Option(
+        name: [.customShort("x", allowingJoined: true), .customLong("export-name")],
+        help: "The export's name.")
     var exportName = ""
-    @Option(name: [.customShort("D"), .long], help: "What the export is, for people.")
+    @Option(
+        name: [.customShort("D", allowingJoined: true), .long],
+        help: "What the export is, for people.")
     var description = ""
     @Option(
-        name: [.customShort("e"), .long], help: "Clients at a time; 0 for no limit.")
+        name: [.customShort("e", allowingJoined: true), .long],
+        help: "Clients at a time; 0 for no limit.")
     var shared = 1
     @Flag(name: [.customShort("t"), .long], help: "Go on when the last client has left.")
     var persistent = false
-    @Flag(name: [.customShort("r"), .customLong("read-only")], help: "Let nobody write.")
-    var readOnly = false
     @Flag(name: [.customShort("v"), .long], help: "Say what happens.")
     var verbose = false
+    @Option(
+        name: .customLong("handshake-limit"), help: "Seconds a client may take to negotiate.")
+    var handshakeLimit = 10
+    @Flag(name: [.customShort("A"), .customLong("allocation-depth")], help: "Tell how deep.")
+    var allocationDepth = false
+    @Option(name: .customLong("tls-creds"), help: "Clients must use TLS, with these credentials.")
+    var tlsCredentials: String?
+    @Option(name: .customLong("tls-authz"), help: "Whom the authorization object lets in.")
+    var tlsAuthorization: String?
+    @Option(help: "tls-creds-x509, tls-creds-psk or authz-simple, with id=… and the like.")
+    var object: [String] = []
+    @Option(name: .customLong("pid-file"), help: "Write the process's number here when ready.")
+    var pidFile: String?
+    @Flag(name: .customLong("fork"), help: "Return when ready; go on in the background.")
+    var forks = false
+
+    func validate() throws {
+        guard shared >= 0, handshakeLimit >= 0 else {
+            throw ValidationError("--shared and --handshake-limit cannot be negative")
+        }
+        if socket != nil, port != nil || bind != nil {
+            throw ValidationError("--socket and --port or --bind exclude each other")
+        }
+        if tlsAuthorization != nil, tlsCredentials == nil {
+            throw ValidationError("--tls-authz needs --tls-creds")
+        }
+    }
+
+    func run() throws {
+        try Failure.rethrow { () throws(BlockError) in
+            try refused.check()
+            if forks, !Background.isChild { try Background.start() }
+            try serve()
+        }
+    }
+
+    private func serverOptions() throws(BlockError) -> NBDServer.Options {
+        var options = NBDServer.Options()
+        options.connectionCountMax = shared
+        options.handshakeSeconds = handshakeLimit
+        let objects = try ServeObjects(object)
+        if let tlsCredentials {
+            options.credentials = try objects.credentials(named: tlsCredentials)
+        }
+        if let tlsAuthorization {
+            options.authorize = try objects.authorization(named: tlsAuthorization)
+        }
+        return options
+    }
+
+    private func serve() throws(BlockError) {
+        let source = try opening.source(file)
+        let options = try serverOptions()
+        let inherited = try ActivationSockets.take()
+        guard inherited.isEmpty || (socket == nil && port == nil && bind == nil) else {
+            throw BlockError(
+                .invalidArgument, "-k, -p and -b are of no use with inherited sockets",
+                remedy: "leave them out, or unset LISTEN_FDS")
+        }
+        SignalSource.block([SIGINT, SIGTERM, SIGHUP])
+        try ToolSession.run { session throws(BlockError) in
+            let node = try await opening.open(source, in: session)
+            let export = try NBDExport(
+                name: exportName, description: description, node: node,
+                writable: source.isWritable, allocationDepth: allocationDepth)
+            export.edge?.isWriteThrough = source.cache.isWriteThrough
+            node.release("command")
+            let isVerbose = verbose
+            let server = NBDServer(on: session.thread, options) { message in
+                if isVerbose { StandardError.print("\(Merino.program): \(message)") }
+            }
+            try server.add(export)
+            try listen(server, inherited)
+            try await serveUntilDone(server, on: session.thread)
+        }
+    }
+
+    private func listen(_ server: NBDServer, _ inherited: [Int32]) throws(BlockError) {
+        for descriptor in inherited {
+            server.listen(
+                on: try Listener(adopting: IOHandle(descriptor), thread: server.thread))
+        }
+        if inherited.isEmpty {
+            server.listen(on: try Listener(on: try address(), thread: server.thread))
+        }
+    }
+
+    private func serveUntilDone(
+        _ server: NBDServer, on thread: IOThread
+    ) async throws(BlockError) {
+        let signals = try SignalSource([SIGINT, SIGTERM, SIGHUP], on: thread)
+        if !persistent { server.lastClientLeft = { signals.cancel() } }
+        if let pidFile { try Background.writeNumber(to: pidFile) }
+        Background.ready()
+        CodePages.release(after: 1, on: thread)
+        _ = await signals.next()
+        if let pidFile { Background.removeNumber(at: pidFile) }
+        try await server.stop()
+    }
+
+    private func address() throws(BlockError) -> SocketAddress {
+        if let socket { return .unix(path: socket) }
+        let host = bind ?? "0.0.0.0"
+        guard
+            let first = try SocketAddress.resolve(host: host, port: port ?? 10809, passive: true)
+                .first
+        else { throw BlockError(.notFound, "cannot resolve '\(host)'") }
+        return first
+    }
+}
+
+/// How `serve` opens its image.
+struct ServeOpening: ParsableArguments {
+    @Option(
+        name: [.customShort("f", allowingJoined: true), .long],
+        help: "The image's format; found out when not given.")
+    var format: String?
+    @Flag(
+        name: .customLong("image-opts"),
+        help: "The image is given as options: driver=qcow2,file.filename=….")
+    var imageOptions = false
+    @Option(
+        name: [.customShort("o", allowingJoined: true), .long],
+        help: "Serve the image from this byte on.")
+    var offset: String?
+    @Flag(name: [.customShort("r"), .customLong("read-only")], help: "Let nobody write.")
+    var readOnly = false
     @Flag(name: [.customShort("n"), .long], help: "The same as --cache=none.")
     var nocache = false
     @Option(help: "none, writeback, writethrough, directsync or unsafe.")
@@ -49,61 +187,47 @@ struct ServeCommand: ParsableCommand {
     var discard = "ignore"
     @Option(name: .customLong("detect-zeroes"), help: "off, on or unmap.")
     var detectZeroes: String?
-    @Option(
-        name: .customLong("handshake-limit"), help: "Seconds a client may take to negotiate.")
-    var handshakeLimit = 10
-    @Flag(name: [.customShort("A"), .customLong("allocation-depth")], help: "Tell how deep.")
-    var allocationDepth = false
-    @Option(name: .customLong("pid-file"), help: "Write the process's number here when ready.")
-    var pidFile: String?
 
-    func run() throws {
-        try Failure.rethrow { () throws(BlockError) in try serve() }
+    func source(_ name: String) throws(BlockError) -> ImageSource {
+        var source = ImageSource(name, format: format, isOptions: imageOptions)
+        source.isWritable = !readOnly
+        source.cache = nocache ? .none : try CacheMode(named: cache)
+        source.discards = try ImageSource.discards(mode: discard)
+        source.zeroDetection = detectZeroes
+        source.asynchronousIO = aio
+        source.warnOfProbing()
+        return source
     }
 
-    private var source: ImageSource {
-        get throws(BlockError) {
-            var source = ImageSource(file, format: format)
-            source.isWritable = !readOnly
-            source.cache = nocache ? .none : try CacheMode(named: cache)
-            source.discards = try ImageSource.discards(mode: discard)
-            source.zeroDetection = detectZeroes
-            source.asynchronousIO = aio
-            return source
-        }
+    /// Opens the image, held as "command".
+    func open(
+        _ source: ImageSource, in session: ToolSession
+    ) async throws(BlockError) -> BlockNode {
+        guard let offset else { return try await session.open(source) }
+        let start = try ArgumentText.size(offset, "the offset")
+        return try await session.open(source, from: start)
     }
+}
 
-    private func serve() throws(BlockError) {
-        let source = try source
-        SignalSource.block([SIGINT, SIGTERM, SIGHUP])
-        try ToolSession.run { session throws(BlockError) in
-            let node = try await session.open(source)
-            let export = try NBDExport(
-                name: exportName, description: description, node: node, writable: !readOnly,
-                allocationDepth: allocationDepth)
-            node.release("command")
-            var options = NBDServer.Options()
-            options.connectionCountMax = shared
-            options.handshakeSeconds = handshakeLimit
-            let isVerbose = verbose
-            let server = NBDServer(on: session.thread, options) { message in
-                if isVerbose { StandardError.print("\(Merino.program): \(message)") }
-            }
-            try server.add(export)
-            server.listen(on: try Listener(on: try address(), thread: session.thread))
-            CodePages.release(after: 1, on: session.thread)
-            let signals = try SignalSource([SIGINT, SIGTERM, SIGHUP], on: session.thread)
-            if !persistent { server.lastClientLeft = { signals.cancel() } }
-            _ = await signals.next()
-            try await server.stop()
-        }
-    }
+/// Options of `qemu-nbd(8)` that need what is not there yet: each is refused by its name.
+struct RefusedServeOptions: ParsableArguments {
+    @Flag(name: [.customShort("s"), .long], help: .hidden) var snapshot = false
+    @Option(name: [.customShort("l"), .customLong("load-snapshot")], help: .hidden)
+    var loadSnapshot: String?
+    @Option(name: [.customShort("B"), .long], help: .hidden) var bitmap: [String] = []
+    @Option(name: [.customShort("c"), .long], help: .hidden) var connect: String?
+    @Flag(name: [.customShort("d"), .long], help: .hidden) var disconnect = false
+    @Flag(name: [.customShort("L"), .long], help: .hidden) var list = false
+    @Option(name: .customLong("tls-hostname"), help: .hidden) var tlsHostname: String?
+    @Option(name: [.customShort("P"), .long], help: .hidden) var partition: String?
 
-    private func address() throws(BlockError) -> SocketAddress {
-        if let socket { return .unix(path: socket) }
-        guard
-            let first = try SocketAddress.resolve(host: bind, port: port, passive: true).first
-        else { throw BlockError(.notFound, "cannot resolve '\(bind)'") }
-        return first
+    func check() throws(BlockError) {
+        let given: [(Bool, String)] = [
+            (snapshot, "--snapshot"), (loadSnapshot != nil, "--load-snapshot"),
+            (!bitmap.isEmpty, "--bitmap"), (connect != nil, "--connect"),
+            (disconnect, "--disconnect"), (list, "--list"),
+            (tlsHostname != nil, "--tls-hostname"), (partition != nil, "--partition"),
+        ]
+        for (isGiven, name) in given where isGiven { throw .notThere(name) }
     }
 }

@@ -6,24 +6,31 @@ import QMP
 ///
 /// Options: `offset`, where the window begins, and `size`, how long it is; both multiples of 512.
 /// A node of this driver stays raw whatever a guest writes to it: nothing here is ever probed.
+/// Where the command line found out that the image is raw from its first bytes (`x-probed`), writes
+/// that would make them another format's are refused: the next command would take it for that.
 public final class RawDriver: BlockDriver, @unchecked Sendable {
     private let node: BlockNode
     private let file: Edge
     private let offset: Int
     /// Set where the window does not go on to the end of the child.
     private let windowSize: Int?
+    private let header: HeaderGuard?
 
-    private init(_ node: BlockNode, _ file: Edge, offset: Int, windowSize: Int?) {
+    private init(
+        _ node: BlockNode, _ file: Edge, offset: Int, windowSize: Int?, header: HeaderGuard?
+    ) {
         self.node = node
         self.file = file
         self.offset = offset
         self.windowSize = windowSize
+        self.header = header
         takeSize()
     }
 
     static func open(_ opening: NodeOpening) async throws(BlockError) -> RawDriver {
         let offset = try opening.options.size("offset") ?? 0
         let size = try opening.options.size("size")
+        let isProbed = try opening.options.bool("x-probed") ?? false
         let file = try await opening.requiredChild("file", roles: [.data, .primary])
         guard offset >= 0, offset.isAligned(to: 512) else {
             throw BlockError(.invalidArgument, "'offset' must be a multiple of 512, not \(offset)")
@@ -37,7 +44,9 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
                 "the window at \(offset) of \(size ?? 0) bytes reaches past the end of "
                     + "'\(file.node.name)' at \(file.size)")
         }
-        return RawDriver(opening.node, file, offset: offset, windowSize: size)
+        return RawDriver(
+            opening.node, file, offset: offset, windowSize: size,
+            header: isProbed ? HeaderGuard(opening.graph.registry) : nil)
     }
 
     private func takeSize() {
@@ -64,6 +73,10 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
     public func write(
         _ offset: Int, from vector: IOVector, _ flags: WriteFlags
     ) async throws(BlockError) {
+        if let header, offset < HeaderGuard.byteCount {
+            try await header.write(offset, from: vector, flags, to: file, at: self.offset)
+            return
+        }
         try await file.write(self.offset + offset, from: vector, flags)
     }
 

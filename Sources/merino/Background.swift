@@ -1,0 +1,114 @@
+import BlockCore
+
+#if canImport(Glibc)
+import Glibc
+#elseif canImport(Musl)
+import Musl
+#elseif canImport(Darwin)
+import Darwin
+#endif
+
+/// Going to the background once everything is ready (`--fork`), and the file with the process's
+/// number.
+///
+/// A Swift process has threads from early on, so that it cannot fork: it starts itself again instead,
+/// in a session of its own, and waits for word over a pipe.
+enum Background {
+    /// Names the descriptor, in the new process, to say "ready" on.
+    private static let variable = "MERINO_READY_DESCRIPTOR"
+    private static let readyDescriptor: Int32 = 3
+    /// What a process has open is looked for below this.
+    private static let descriptorsMax: Int32 = 4096
+    /// `POSIX_SPAWN_SETSID` of spawn.h, which the C library declares for _GNU_SOURCE only.
+    #if os(Linux)
+    private static let newSession: Int16 = 0x80
+    #else
+    private static let newSession: Int16 = 0x400
+    #endif
+
+    /// Whether this is the process in the background already.
+    static var isChild: Bool { getenv(variable) != nil }
+
+    /// Starts this command again in the background and ends this process when that one is ready.
+    ///
+    /// - Throws: when the new process cannot be started. When it ends before it is ready, this one
+    ///   ends with exit code 1: the other has said why.
+    static func start() throws(BlockError) -> Never {
+        var ends: [Int32] = [-1, -1]
+        guard pipe(&ends) == 0 else { throw .system("cannot make a pipe", errno) }
+        // Nothing that was left open here is held in the background, where nobody expects it.
+        for descriptor in readyDescriptor..<descriptorsMax {
+            _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC)
+        }
+
+        var actions = posix_spawn_file_actions_t()
+        posix_spawn_file_actions_init(&actions)
+        posix_spawn_file_actions_adddup2(&actions, ends[1], readyDescriptor)
+        var attributes = posix_spawnattr_t()
+        posix_spawnattr_init(&attributes)
+        posix_spawnattr_setflags(&attributes, newSession)
+        setenv(variable, String(readyDescriptor), 1)
+
+        var process = pid_t()
+        var arguments = CommandLine.arguments.map { strdup($0) } + [nil]
+        let failure = posix_spawn(
+            &process, "/proc/self/exe", &actions, &attributes, &arguments, environ)
+        guard failure == 0 else { throw .system("cannot start in the background", failure) }
+        close(ends[1])
+        var byte: UInt8 = 0
+        var count = 0
+        repeat { count = read(ends[0], &byte, 1) } while count < 0 && errno == EINTR
+        end(count == 1 ? 0 : 1)
+    }
+
+    /// In the background: lets go of the terminal and tells the process that waits.
+    static func ready() {
+        guard isChild else { return }
+        let null = open("/dev/null", O_RDWR)
+        if null >= 0 {
+            for descriptor: Int32 in 0...2 { dup2(null, descriptor) }
+            close(null)
+        }
+        var byte: UInt8 = 1
+        _ = write(readyDescriptor, &byte, 1)
+        close(readyDescriptor)
+        unsetenv(variable)
+    }
+
+    /// Writes the process's number and a line feed.
+    static func writeNumber(to path: String) throws(BlockError) {
+        let file = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0o644)
+        guard file >= 0 else { throw .system("cannot write '\(path)'", errno) }
+        defer { close(file) }
+        var text = Array("\(getpid())\n".utf8)
+        guard write(file, &text, text.count) == text.count else {
+            throw .system("cannot write '\(path)'", errno)
+        }
+    }
+
+    static func removeNumber(at path: String) {
+        unlink(path)
+    }
+}
+
+/// Listening sockets that a service manager opened and handed over: `LISTEN_FDS`, `LISTEN_PID`.
+enum ActivationSockets {
+    private static let first: Int32 = 3
+    private static let countMax: Int32 = 64
+
+    /// Their descriptors, none when they are not for this process. Takes the variables away, so that
+    /// no process started from here believes in them.
+    static func take() throws(BlockError) -> [Int32] {
+        guard let process = text("LISTEN_PID"), let count = text("LISTEN_FDS") else { return [] }
+        guard pid_t(process) == getpid() else { return [] }
+        for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] { unsetenv(name) }
+        guard let number = Int32(count), number >= 0, number <= countMax else {
+            throw BlockError(.invalidArgument, "LISTEN_FDS is '\(count)'")
+        }
+        return (0..<number).map { first + $0 }
+    }
+
+    private static func text(_ name: String) -> String? {
+        getenv(name).map { String(cString: $0) }
+    }
+}

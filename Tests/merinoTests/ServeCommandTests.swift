@@ -1,0 +1,139 @@
+import Foundation
+import Testing
+
+/// `serve` beside `qemu-nbd`, seen with libnbd's and QEMU's clients.
+@Suite struct ServeCommandTests {
+    /// Serves in the background while `body` runs; ends the server by its number.
+    private func serving(
+        _ place: Workplace, _ arguments: String..., body: () throws -> Void
+    ) throws {
+        let result = try place.run(
+            Workplace.merino, ["serve", "--fork", "--pid-file", "pid", "-t"] + arguments)
+        try #require(result.status == 0, "\(result.errors)")
+        let text = try String(contentsOfFile: "\(place.folder)/pid", encoding: .utf8)
+        let process = try #require(Int32(text.trimmingCharacters(in: .newlines)))
+        defer {
+            kill(process, SIGTERM)
+            // It takes its file away last before it stops.
+            for _ in 0..<500 where FileManager.default.fileExists(atPath: "\(place.folder)/pid") {
+                usleep(10_000)
+            }
+        }
+        try body()
+    }
+
+    private func withImage() throws -> Workplace {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "a.raw", "2M")
+        try place.tool("qemu-io", "-f", "raw", "-c", "write -P 7 1M 64k", "a.raw")
+        return place
+    }
+
+    private func uri(_ place: Workplace, _ name: String = "") -> String {
+        "nbd+unix:///\(name)?socket=\(place.folder)/s"
+    }
+
+    @Test func forkReturnsWhenClientsCanCome() throws {
+        let place = try withImage()
+        try serving(place, "-k", "s", "-f", "raw", "-x", "disk", "a.raw") {
+            let size = try place.tool("nbdinfo", "--size", uri(place, "disk"))
+            #expect(size.output == "2097152\n", "\(size.errors)")
+        }
+        #expect(!FileManager.default.fileExists(atPath: "\(place.folder)/s"))
+    }
+
+    @Test func forkFailsWhereTheImageCannotBeOpened() throws {
+        let place = try Workplace()
+        let result = try place.merino("serve", "--fork", "-k", "s", "-f", "raw", "none.raw")
+        #expect(result.status == 1)
+        #expect(result.errors.contains("none.raw"))
+    }
+
+    @Test func offsetServesTheRestOfTheImage() throws {
+        let place = try withImage()
+        try serving(place, "-k", "s", "-f", "raw", "--offset=1M", "a.raw") {
+            let result = try place.tool(
+                "qemu-io", "-f", "raw", "-c", "read -P 7 0 64k", "-c", "length", uri(place))
+            #expect(result.status == 0)
+            #expect(result.output.hasSuffix("1 MiB\n"))
+        }
+    }
+
+    @Test func imageOptionsNameTheImage() throws {
+        let place = try withImage()
+        try serving(
+            place, "-r", "-k", "s", "--image-opts", "driver=raw,offset=1M,file.filename=a.raw"
+        ) {
+            let size = try place.tool("nbdinfo", "--size", uri(place))
+            #expect(size.output == "1048576\n", "\(size.errors)")
+        }
+    }
+
+    @Test func guestCannotGiveAProbedRawDiskAHeader() throws {
+        let place = try withImage()
+        try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "header", "1M")
+        let header = "write -s header 0 512"
+        let warned = try place.merino("io", "-c", header, "-c", "write -P 1 0 512", "a.raw")
+        // Only while a format is there that the header is known by.
+        let isKnown = try place.merino("info", "header").output.contains("qcow2")
+        guard isKnown else { return }
+        #expect(warned.status == 1)
+        #expect(warned.errors.contains("WARNING") && warned.errors.contains("-f raw"))
+        #expect(try place.merino("info", "a.raw").output.contains("file format: raw"))
+        let meant = try place.merino("io", "-f", "raw", "-c", header, "a.raw")
+        #expect(meant.status == 0 && meant.errors == "")
+    }
+
+    @Test func clientsShowTheKeyTheServerKnows() throws {
+        let place = try withImage()
+        let key = String(repeating: "a1", count: 16)
+        try "alice:\(key)\n".write(
+            toFile: "\(place.folder)/keys.psk", atomically: false, encoding: .utf8)
+        try serving(
+            place, "-k", "s", "-f", "raw", "--tls-creds", "t", "--object",
+            "tls-creds-psk,id=t,endpoint=server,dir=\(place.folder)", "a.raw"
+        ) {
+            let secret = try place.tool(
+                "nbdinfo", "--size",
+                "nbds+unix://alice@/?socket=\(place.folder)/s&tls-psk-file="
+                    + "\(place.folder)/keys.psk")
+            #expect(secret.output == "2097152\n", "\(secret.errors)")
+            #expect(try place.tool("nbdinfo", "--size", uri(place)).status != 0)
+        }
+    }
+
+    @Test func inheritedSocketIsServed() throws {
+        let place = try withImage()
+        // The shell that opens the socket becomes the server: the number in LISTEN_PID is its own.
+        let script = """
+            import os, socket, sys
+            s = socket.socket(socket.AF_UNIX)
+            s.bind("s")
+            s.listen()
+            os.dup2(s.fileno(), 3)
+            os.set_inheritable(3, True)
+            if os.fork() == 0:
+                os.execvp("nbdinfo", ["nbdinfo", "--size", sys.argv[2]])
+            os.environ["LISTEN_PID"] = str(os.getpid())
+            os.environ["LISTEN_FDS"] = "1"
+            os.execv(sys.argv[1], ["merino", "serve", "-f", "raw", "a.raw"])
+            """
+        let result = try place.tool("python3", "-c", script, Workplace.merino, uri(place))
+        #expect(result.output == "2097152\n", "\(result.errors)")
+        #expect(result.status == 0, "\(result.errors)")
+    }
+
+    @Test(
+        "what is not there is refused by name",
+        arguments: [
+            ["--snapshot"], ["--bitmap", "b"], ["--list"], ["--load-snapshot", "x"],
+            ["--tls-creds", "t"], ["--object", "throttle-group,id=x"], ["--cache", "foo"],
+            ["--tls-authz", "t"], ["-p", "1", "-k", "s"], ["--shared", "-1"],
+        ])
+    func refuses(_ options: [String]) throws {
+        let place = try withImage()
+        let result = try place.run(Workplace.merino, ["serve", "-f", "raw"] + options + ["a.raw"])
+        #expect(result.status == 1)
+        #expect(result.errors.contains(options[0]) || result.errors.contains(options.last ?? ""))
+    }
+}
