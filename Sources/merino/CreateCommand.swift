@@ -11,7 +11,7 @@ struct CreateCommand: ParsableCommand {
             image the size may be left out: the new image is as large as the backing one.
             """)
 
-    @Argument(help: "The new image's path.") var file: String
+    @Argument(help: "The new image's path.") var file: String?
     @Argument(help: "Its size, as in 10G.") var size: String?
     @Option(name: [.customShort("f", allowingJoined: true), .long], help: "Its format.")
     var format = "raw"
@@ -38,7 +38,7 @@ struct CreateCommand: ParsableCommand {
     @Option(help: "Objects are not needed to create images.") var object: [String] = []
 
     func run() throws {
-        var create = ImageCreate(file)
+        var create = ImageCreate(file ?? "")
         create.format = format
         create.options = options
         create.backing = backing
@@ -50,6 +50,9 @@ struct CreateCommand: ParsableCommand {
             if create.wantsHelp {
                 StandardOutput.print(try create.help())
                 return
+            }
+            guard file != nil else {
+                throw BlockError(.invalidArgument, "the new image's <file> is missing")
             }
             if let size { create.size = try ArgumentText.size(size, "the image's size") }
             let create = create
