@@ -25,7 +25,7 @@ struct ServeObjects {
                 identities[identifier] = try Self.required("identity", options)
             default:
                 throw BlockError(
-                    .unsupported, "objects of type '\(type)' are not supported here",
+                    .unsupported, "--object \(text): this type is not supported here",
                     remedy: "use tls-creds-x509, tls-creds-psk or authz-simple")
             }
             try options.finish()
