@@ -47,10 +47,7 @@ extension Edge {
         guard isRoot else {
             let node = node
             try checkWrite(offset, vector.count, of: node, flags)
-            if vector.count > 0 {
-                let flags = isWriteThrough ? flags.union(.fua) : flags
-                try await node.trackedWrite(offset, from: vector, flags)
-            }
+            if vector.count > 0 { try await node.trackedWrite(offset, from: vector, flags) }
             return
         }
         await enter()
