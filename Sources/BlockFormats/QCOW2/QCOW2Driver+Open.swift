@@ -250,6 +250,10 @@ extension QCOW2Driver {
             result.clusterSize = geometry.clusterSize
             result.isDirty = header.incompatible.contains(.dirty)
             result.isCorrupt = header.incompatible.contains(.corrupt)
+            if !header.backingName.isEmpty {
+                result.backingName = String(decoding: header.backingName, as: UTF8.self)
+                result.backingFormat = header.backingFormat
+            }
             var data: JSONObject = ["compat": header.version == 3 ? "1.1" : "0.10"]
             data["compression-type"] = header.compression == .zlib ? "zlib" : "zstd"
             if header.version == 3 {
