@@ -393,24 +393,24 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         _ range: ByteRange, precise: Bool
     ) async throws(BlockError) -> BlockStatus {
         let run = try snapshotRun(range)
-        var status: BlockStatus
+        var status: ChainStatus
+        // Of the whole chain: what the disk's top layer does not have, its backing image may.
         if run.isCopied {
-            status = try await target.blockStatus(run.range, precise: precise)
+            status = try await target.chainStatus(run.range, precise: precise)
             try requirePresent(run.range)
         } else {
             // As for a read: no guest changes these clusters meanwhile.
             let clusters = clusters(touching: run.range)
             locks.take(clusters, exclusively: false)
             defer { locks.unlock(clusters, exclusively: false) }
-            status = try await child.blockStatus(run.range, precise: precise)
+            status = try await child.chainStatus(run.range, precise: precise)
         }
         if let breakage { throw breakage }
         // Unallocated in the target, after a copy, are the zeroes that were found.
         if run.isCopied, status.flags.isDisjoint(with: [.data, .zero]) {
             status.flags.insert(.zero)
         }
-        status.flags.remove(.endOfNode)
-        return status
+        return BlockStatus(status.flags.subtracting(.endOfNode), count: status.count)
     }
 
     public func discardSnapshot(_ range: ByteRange) async throws(BlockError) {
