@@ -82,6 +82,7 @@ public final class BlockGraph: @unchecked Sendable {
         let node = BlockNode(
             name: name, graph: self, description: description,
             options: try NodeOptions(reading: reader, inheriting: inherited))
+        if case .object(let given) = options { node.openedWith = given }
         // Known from here on, so that nothing else takes the name while it opens.
         nodes.append(node)
         byName[name] = node

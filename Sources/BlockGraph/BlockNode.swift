@@ -1,5 +1,6 @@
 import BlockCore
 import BlockIO
+import QMP
 
 /// One node of the graph: a driver, its children and its users. Confined to the graph's thread.
 ///
@@ -43,6 +44,8 @@ public final class BlockNode: @unchecked Sendable {
     /// The monitor (or the command line) holds it, until `blockdev-del`.
     public internal(set) var isMonitorOwned = false
     var temporaryHolds: [String: Int] = [:]
+    /// The options as they were given: what reopening compares with.
+    var openedWith = JSONObject()
 
     /// What all users together do and allow.
     public internal(set) var cumulativeAccess = Access.none

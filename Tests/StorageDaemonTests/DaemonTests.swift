@@ -148,6 +148,32 @@ import Testing
         }
     }
 
+    // MARK: Nodes
+
+    @Test func reopeningReplacesChildrenAllOrNone() async throws {
+        try await MonitoredDaemon.with(Self.exported) { daemon in
+            let client = try daemon.client()
+            try client.execute(
+                "blockdev-add", ["driver": "null-co", "node-name": "n", "size": 1_048_576])
+            func child() throws -> JSONValue? {
+                guard
+                    case .array(let nodes) = try client.execute("query-named-block-nodes"),
+                    let node = nodes.first(where: { $0["node-name"] == "r" }),
+                    case .array(let children)? = node["children"]
+                else { return nil }
+                return children.first?["node-name"]
+            }
+            let moved: JSONValue = ["driver": "raw", "node-name": "r", "file": "n"]
+            let wrong: JSONValue = ["driver": "null-co", "node-name": "n", "size": 512]
+            let reason = try client.refusal("blockdev-reopen", ["options": [moved, wrong]])
+            #expect(reason.contains("'size'"))
+            #expect(try child() == "f")
+            try client.execute("blockdev-reopen", ["options": [moved]])
+            #expect(try child() == "n")
+            try client.execute("blockdev-del", ["node-name": "f"])
+        }
+    }
+
     // MARK: Objects
 
     @Test func objectsAreMadeAndRemoved() async throws {

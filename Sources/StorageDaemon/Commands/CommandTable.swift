@@ -64,6 +64,10 @@ extension StorageDaemon {
             CommandSchema("blockdev-del", .required("node-name", .string)),
             StorageDaemon.blockdevDel),
         DaemonCommand(
+            CommandSchema(
+                "blockdev-reopen", .required("options", .array(.named("BlockdevOptions")))),
+            StorageDaemon.blockdevReopen),
+        DaemonCommand(
             CommandSchema("blockdev-replace", argumentsOf: "BlockdevReplace"),
             StorageDaemon.blockdevReplace),
         DaemonCommand(

@@ -19,6 +19,15 @@ extension StorageDaemon {
         return [:]
     }
 
+    /// `blockdev-reopen`: new options for open nodes, all at one instant or none.
+    func blockdevReopen(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        let reader = try OptionReader(arguments, of: "blockdev-reopen")
+        let options = try reader.list("options") ?? []
+        try reader.finish()
+        try await graph.reopen(options)
+        return [:]
+    }
+
     /// `blockdev-replace`: puts a node in the place of a child of a node, or below an export.
     func blockdevReplace(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let replacement = try replacement(arguments)
