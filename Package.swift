@@ -81,9 +81,11 @@ let package = Package(
             ],
             swiftSettings: settings),
 
+        // For tests only.
+        .target(name: "CBlockTesting"),
         tests("BlockCore"),
         tests("QMP", ["BlockTesting"]),
-        tests("BlockIO"),
+        tests("BlockIO", ["CBlockTesting"]),
         tests("NBDProtocol"),
         tests("BlockGraph"),
         tests("BlockFilters", ["BlockProtocols", "BlockFormats", "BlockTesting"]),

@@ -83,17 +83,18 @@ enum HostCalls {
 
     static func writeDurable(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int {
         #if os(Linux)
-        return withVectors(vector) { vectors, count in
+        let durable = withVectors(vector) { vectors, count in
             uninterrupted {
                 linux_write_durable_at(handle.rawValue, vectors, count, off_t(offset))
             }
         }
-        #else
+        // Not every file takes the flag: then it is two calls.
+        if durable != -Int(ENOTSUP) { return durable }
+        #endif
         let result = write(handle, vector, offset: offset)
         if result < 0 { return result }
         let synced = synchronize(handle, dataOnly: true)
         return synced < 0 ? synced : result
-        #endif
     }
 
     static func synchronize(_ handle: IOHandle, dataOnly: Bool) -> Int {
