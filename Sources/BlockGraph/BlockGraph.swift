@@ -16,8 +16,6 @@ public final class BlockGraph: @unchecked Sendable {
     private var lastAutomaticName = 0
     /// Of sections that are drained right now.
     private var drains: [DrainSection] = []
-    /// Called for each request of a traced node; `nil` costs nothing.
-    public var trace: ((RequestTrace) -> Void)?
 
     public init(on thread: IOThread, registry: DriverRegistry) {
         self.thread = thread

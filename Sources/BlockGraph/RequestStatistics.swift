@@ -47,16 +47,6 @@ public struct RequestStatistics: Sendable {
     }
 }
 
-/// What trace events tell of one request that crossed an edge.
-public struct RequestTrace: Sendable {
-    public var node: String
-    public var edge: String
-    public var kind: RequestKind
-    public var range: ByteRange
-    public var nanoseconds: UInt64
-    public var failed: Bool
-}
-
 extension RequestStatistics {
     /// Adds what another user did.
     public mutating func add(_ other: RequestStatistics) {

@@ -40,7 +40,10 @@ public final class NBDServer: NBDExportCatalogue, @unchecked Sendable {
         logger = log
     }
 
-    var handshakeNanoseconds: UInt64 { UInt64(options.handshakeSeconds) * 1_000_000_000 }
+    /// 0 waits for ever; so does, in effect, what is too long to count.
+    var handshakeNanoseconds: UInt64 {
+        UInt64(clamping: options.handshakeSeconds).multiplied(by: 1_000_000_000) ?? .max
+    }
 
     func log(_ message: String) {
         logger(message)
