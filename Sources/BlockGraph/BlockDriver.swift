@@ -91,6 +91,10 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// Whether `write` and `writeZeroes` take `fua`.
     var supportsFUA: Bool { get }
 
+    /// Whether `write` takes `compressed`; dispatch refuses it otherwise, and hands it over in one
+    /// piece, as it was asked for.
+    var supportsCompressedWrites: Bool { get }
+
     /// What the node needs of the child behind `edge`, given what its own users do and allow.
     func access(to edge: Edge, for users: Access) -> Access
 
@@ -124,6 +128,7 @@ public protocol BlockDriver: AnyObject, Sendable {
 extension BlockDriver {
     public var snapshotSource: (any SnapshotSource)? { nil }
     public var supportsFUA: Bool { false }
+    public var supportsCompressedWrites: Bool { false }
     public func checkAccess(_ access: Access) throws(BlockError) {}
     public func applyAccess(_ access: Access) {}
     public func abortAccess() {}
@@ -162,6 +167,7 @@ extension FilterDriver {
     }
 
     public var supportsFUA: Bool { true }
+    public var supportsCompressedWrites: Bool { child.node.driver.supportsCompressedWrites }
 
     public func access(to edge: Edge, for users: Access) -> Access {
         // A filter does with its child what is done with it, and nothing else.

@@ -79,7 +79,8 @@ extension BlockNode {
         do throws(BlockError) {
             if isAligned, vector.count <= limits.transferMax,
                 vector.isAligned(to: limits.memoryAlignment),
-                options.zeroDetection == .off, !flags.contains(.fua) || driver.supportsFUA
+                options.zeroDetection == .off, !flags.contains(.fua) || driver.supportsFUA,
+                !flags.contains(.compressed)
             {
                 try await driver.write(offset, from: vector, flags)
             } else {
@@ -132,7 +133,10 @@ extension BlockNode {
         {
             var zeroFlags = passed
             if options.zeroDetection == .unmap { zeroFlags.insert(.mayUnmap) }
+            zeroFlags.remove(.compressed)
             try await zeroesOrWrites(ByteRange(offset, vector.count), zeroFlags)
+        } else if flags.contains(.compressed) {
+            try await compressedWrite(offset, from: vector, passed)
         } else {
             var done = 0
             while done < vector.count {
@@ -143,6 +147,27 @@ extension BlockNode {
             }
         }
         if flushesAfter { try await stickyFlush() }
+    }
+
+    /// In one piece: what is compressed together stays together, and where it may begin and end is the
+    /// driver's to say.
+    private func compressedWrite(
+        _ offset: Int, from vector: IOVector, _ flags: WriteFlags
+    ) async throws(BlockError) {
+        guard driver.supportsCompressedWrites else {
+            throw BlockError(
+                .unsupported, "driver '\(description.name)' does not write compressed data",
+                node: name)
+        }
+        guard ByteRange(offset, vector.count).isAligned(to: limits.requestAlignment),
+            vector.count <= limits.transferMax
+        else {
+            throw BlockError(
+                .invalidArgument,
+                "a compressed write of \(vector.count) bytes at \(offset) is not aligned to "
+                    + "\(limits.requestAlignment) bytes, or too long", node: name)
+        }
+        try await driver.write(offset, from: vector, flags)
     }
 
     /// How much of `count` bytes at `offset` goes in one call: an unaligned head or tail alone.
@@ -179,7 +204,7 @@ extension BlockNode {
             isAligned ? range : (range.aligned(to: alignment) ?? range),
             serialising: !isAligned || flags.contains(.serialising))
         defer { tracker.leave(identifier) }
-        var passed = flags
+        var passed = flags.subtracting(.compressed)
         let flushesAfter = flags.contains(.fua) && !driver.supportsFUA
         if flushesAfter { passed.remove(.fua) }
         // Zeroes give space back only where discards may.

@@ -25,6 +25,9 @@ public struct WriteFlags: OptionSet, Sendable {
     public static let unchanged = WriteFlags(rawValue: 8)
     /// Wait for overlapping writes, and keep new ones waiting.
     public static let serialising = WriteFlags(rawValue: 16)
+    /// Stored compressed: whole clusters, or the image's last part. Only where the driver says that it
+    /// ``BlockDriver/supportsCompressedWrites``; zeroes ignore it.
+    public static let compressed = WriteFlags(rawValue: 32)
 }
 
 /// What a node says of the bytes at the start of a range.
