@@ -1,4 +1,5 @@
-/// A bit per cluster, with levels above that say where bits are set.
+/// A bit per cluster, with levels above that say where bits are set: what dirty bitmaps and
+/// copy-before-write keep their bits in.
 ///
 /// Level 0 holds the bits; bit `i` of a level above says that word `i` of the level below is not
 /// zero. Finding the next set bit in 64 TiB is then a handful of loads, however sparse it is.
@@ -8,7 +9,7 @@ public struct ClusterBitmap: Sendable {
     /// Level 0 first; the last level is one word.
     private var levels: [[UInt64]]
     /// Bits in all.
-    public let count: Int
+    public private(set) var count: Int
     /// Bits that are set.
     public private(set) var setCount = 0
 
@@ -23,14 +24,23 @@ public struct ClusterBitmap: Sendable {
     public init(count: Int, repeating value: Bool = false) {
         precondition(count >= 0)
         self.count = count
-        levels = []
-        var words = (count + 63) / 64
-        while true {
-            levels.append([UInt64](repeating: 0, count: max(words, 1)))
-            if words <= 1 { break }
-            words = (words + 63) / 64
-        }
+        levels = [[UInt64](repeating: 0, count: max((count + 63) / 64, 1))]
+        addUpperLevels()
         if value { set(0..<count) }
+    }
+
+    /// Derives all levels above the bits, and how many are set.
+    private mutating func addUpperLevels() {
+        levels.removeLast(levels.count - 1)
+        setCount = 0
+        for word in levels[0] where word != 0 { setCount += word.nonzeroBitCount }
+        while let below = levels.last, below.count > 1 {
+            var level = [UInt64](repeating: 0, count: (below.count + 63) / 64)
+            for (index, word) in below.enumerated() where word != 0 {
+                level[index >> 6] |= 1 << UInt64(index & 63)
+            }
+            levels.append(level)
+        }
     }
 
     /// Traps when out of bounds.
@@ -103,6 +113,80 @@ public struct ClusterBitmap: Sendable {
             index = (index >> 6 + 1) << 6
         }
         return nil
+    }
+
+    /// The first run of set bits in `range`, as far as it reaches in it.
+    public func firstRun(in range: Range<Int>) -> Range<Int>? {
+        guard let first = firstSet(in: range) else { return nil }
+        return first..<(firstClear(in: first..<range.upperBound) ?? range.upperBound)
+    }
+
+    /// Adds or drops bits at the end; those that appear are clear.
+    public mutating func resize(to count: Int) {
+        precondition(count >= 0)
+        if count < self.count { clear(count..<self.count) }
+        self.count = count
+        let words = max((count + 63) / 64, 1)
+        let old = levels[0].count
+        guard words != old else { return }
+        if words < old {
+            levels[0].removeLast(old - words)
+        } else {
+            levels[0].append(contentsOf: repeatElement(0, count: words - old))
+        }
+        addUpperLevels()
+    }
+
+    /// Sets the bits that are set in `other`, which has as many.
+    public mutating func formUnion(_ other: ClusterBitmap) {
+        precondition(other.count == count)
+        var next = other.firstSet(in: 0..<count)
+        while let bit = next {
+            let index = bit >> 6
+            merge(other.levels[0][index], into: index)
+            next = other.firstSet(in: min((index + 1) << 6, count)..<count)
+        }
+    }
+
+    // MARK: Bytes
+
+    /// The bytes that all bits take: whole words of 64 bits, one at least.
+    public var byteCount: Int { levels[0].count * 8 }
+
+    /// Copies bits out: bit `i` of the bitmap is bit `i % 8`, from the least significant on, of byte
+    /// `i / 8`. What lies past the last bit is zero.
+    ///
+    /// - Parameter offset: of the first byte; a multiple of 8, as is the length of `memory`.
+    public func copyBytes(from offset: Int, to memory: UnsafeMutableRawBufferPointer) {
+        precondition(offset >= 0 && (offset | memory.count).isAligned(to: 8))
+        for position in stride(from: 0, to: memory.count, by: 8) {
+            let index = (offset + position) >> 3
+            let word = index < levels[0].count ? levels[0][index] : 0
+            memory.storeLittleEndian(word, at: position)
+        }
+    }
+
+    /// Sets the bits that are set in `memory`, laid out as by ``copyBytes(from:to:)``. What lies past
+    /// the last bit is passed over.
+    public mutating func formUnion(bytes memory: UnsafeRawBufferPointer, at offset: Int) {
+        precondition(offset >= 0 && (offset | memory.count).isAligned(to: 8))
+        for position in stride(from: 0, to: memory.count, by: 8) {
+            let index = (offset + position) >> 3
+            guard index < (count + 63) / 64 else { return }
+            var word: UInt64 = memory.littleEndian(at: position)
+            if index == count >> 6 { word &= (1 << UInt64(count & 63)) - 1 }
+            merge(word, into: index)
+        }
+    }
+
+    // MARK: Words
+
+    private mutating func merge(_ word: UInt64, into index: Int) {
+        let old = levels[0][index]
+        guard word & ~old != 0 else { return }
+        levels[0][index] = old | word
+        setCount += (word & ~old).nonzeroBitCount
+        if old == 0 { raise(index) }
     }
 
     private func within(_ range: Range<Int>, _ index: Int) -> Int? {

@@ -22,6 +22,8 @@ public enum Limits {
     public static let nameLengthMax = 4_096
     /// Dirty bitmap names, in bytes.
     public static let bitmapNameLengthMax = 1_023
+    /// Dirty bitmaps of one node.
+    public static let bitmapCountMax = 65_535
     /// Bits of one bitmap: 512 MiB of memory; 64 TiB in units of 16 KiB.
     public static let bitmapBitCountMax = 1 << 32
     /// What the buffer pool keeps for reuse.

@@ -95,6 +95,9 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// piece, as it was asked for.
     var supportsCompressedWrites: Bool { get }
 
+    /// What keeps the node's persistent dirty bitmaps, where the format can.
+    var bitmapStore: (any BitmapStore)? { get }
+
     /// What the node needs of the child behind `edge`, given what its own users do and allow.
     func access(to edge: Edge, for users: Access) -> Access
 
@@ -129,6 +132,7 @@ extension BlockDriver {
     public var snapshotSource: (any SnapshotSource)? { nil }
     public var supportsFUA: Bool { false }
     public var supportsCompressedWrites: Bool { false }
+    public var bitmapStore: (any BitmapStore)? { nil }
     public func checkAccess(_ access: Access) throws(BlockError) {}
     public func applyAccess(_ access: Access) {}
     public func abortAccess() {}

@@ -29,7 +29,7 @@ public final class BlockNode: @unchecked Sendable {
 
     /// In bytes. The driver sets it when it opens and when it changes.
     public var size = 0 {
-        didSet { if size != oldValue { announceSize() } }
+        didSet { if size != oldValue { sizeChanged() } }
     }
     /// The driver sets them when it opens.
     public var limits = NodeLimits()
@@ -56,7 +56,9 @@ public final class BlockNode: @unchecked Sendable {
     var flushFailure: BlockError?
     /// Bytes past this were never written through this node.
     public internal(set) var highestWrittenOffset = 0
-    /// Dirty bitmaps of the node, told of every change.
+    /// Its dirty bitmaps, in the order they came.
+    public internal(set) var dirtyBitmaps: [DirtyBitmap] = []
+    /// Who is told of every change: dirty bitmaps, and jobs.
     public internal(set) var writeObservers: [any WriteObserver] = []
 
     init(
@@ -109,7 +111,8 @@ public final class BlockNode: @unchecked Sendable {
         }
     }
 
-    private func announceSize() {
+    private func sizeChanged() {
+        for bitmap in dirtyBitmaps { bitmap.resize(to: size) }
         for edge in parents {
             switch edge.parent {
             case .node(let parent): if parent.isOpen { parent.driver.childResized(edge) }

@@ -65,4 +65,76 @@ import Testing
         #expect(bitmap.setCount == list.count { $0 }, "seed \(seed)")
         #expect((0..<count).allSatisfy { bitmap[$0] == list[$0] }, "seed \(seed)")
     }
+
+    // MARK: Sizes, unions and bytes
+
+    private static func random(_ count: Int, _ generator: inout Generator) -> [Bool] {
+        (0..<count).map { _ in Int.random(in: 0..<9, using: &generator) == 0 }
+    }
+
+    private static func bitmap(_ list: [Bool]) -> ClusterBitmap {
+        var bitmap = ClusterBitmap(count: list.count)
+        for (index, value) in list.enumerated() where value { bitmap.set(index..<(index + 1)) }
+        return bitmap
+    }
+
+    /// Bits, count and the levels above agree with the list.
+    private static func agrees(_ bitmap: ClusterBitmap, _ list: [Bool]) -> Bool {
+        guard bitmap.count == list.count, bitmap.setCount == list.count(where: { $0 }) else {
+            return false
+        }
+        var found = [Bool](repeating: false, count: list.count)
+        var from = 0
+        while let run = bitmap.firstRun(in: from..<list.count) {
+            for index in run { found[index] = true }
+            from = run.upperBound
+        }
+        return found == list
+    }
+
+    @Test(arguments: 1...20) func bitsThatAppearAreClear(seed: UInt64) {
+        var generator = Generator(state: seed)
+        var list = Self.random(Int.random(in: 0...9000, using: &generator), &generator)
+        var bitmap = Self.bitmap(list)
+        for _ in 0..<10 {
+            let count = Int.random(in: 0...9000, using: &generator)
+            bitmap.resize(to: count)
+            list = (0..<count).map { $0 < list.count && list[$0] }
+            #expect(Self.agrees(bitmap, list), "seed \(seed), \(count) bits")
+        }
+    }
+
+    @Test(arguments: 1...20) func aUnionHasTheBitsOfBoth(seed: UInt64) {
+        var generator = Generator(state: seed)
+        let count = Int.random(in: 1...9000, using: &generator)
+        let lists = (0..<2).map { _ in Self.random(count, &generator) }
+        var union = Self.bitmap(lists[0])
+        union.formUnion(Self.bitmap(lists[1]))
+        let expected = zip(lists[0], lists[1]).map { $0 || $1 }
+        #expect(Self.agrees(union, expected), "seed \(seed)")
+    }
+
+    @Test(arguments: 1...20) func bytesGoOutAndComeBack(seed: UInt64) {
+        var generator = Generator(state: seed)
+        let count = Int.random(in: 1...9000, using: &generator)
+        let list = Self.random(count, &generator)
+        let bitmap = Self.bitmap(list)
+        var bytes = [UInt8](repeating: 0xff, count: bitmap.byteCount + 64)
+        for offset in stride(from: 0, to: bytes.count, by: 8) {
+            bytes.withUnsafeMutableBytes {
+                bitmap.copyBytes(
+                    from: offset,
+                    to: UnsafeMutableRawBufferPointer(rebasing: $0[offset..<offset + 8]))
+            }
+        }
+        for index in 0..<(bytes.count * 8) {
+            let value = bytes[index / 8] >> UInt8(index % 8) & 1 == 1
+            #expect(value == (index < count && list[index]), "seed \(seed), bit \(index)")
+        }
+        // What lies past the last bit is passed over.
+        for index in count..<(bytes.count * 8) { bytes[index / 8] |= 1 << UInt8(index % 8) }
+        var other = ClusterBitmap(count: count)
+        bytes.withUnsafeBytes { other.formUnion(bytes: $0, at: 0) }
+        #expect(Self.agrees(other, list), "seed \(seed)")
+    }
 }

@@ -1,0 +1,97 @@
+import BlockCore
+
+/// Keeps dirty bitmaps from one opening of an image to the next.
+///
+/// The driver puts the bitmaps that it finds on its node while it opens, and stores the persistent
+/// ones when it closes.
+public protocol BitmapStore: AnyObject {
+    /// - Throws: why such a bitmap cannot be kept.
+    func checkStorable(name: String, granularity: Int) throws(BlockError)
+
+    /// Takes a bitmap out of the image; durable on return. Nothing happens when it is not there.
+    func removeStored(_ name: String) async throws(BlockError)
+}
+
+extension BlockNode {
+    public func dirtyBitmap(named name: String) -> DirtyBitmap? {
+        dirtyBitmaps.first { $0.name.utf8.elementsEqual(name.utf8) }
+    }
+
+    /// - Throws: `notFound`.
+    public func requireDirtyBitmap(named name: String) throws(BlockError) -> DirtyBitmap {
+        guard let bitmap = dirtyBitmap(named: name) else {
+            throw BlockError(.notFound, "it has no dirty bitmap '\(name)'", node: self.name)
+        }
+        return bitmap
+    }
+
+    /// Puts a bitmap on the node: from here on it is told of changes.
+    ///
+    /// - Throws: `alreadyExists` where there is one of its name.
+    public func addDirtyBitmap(_ bitmap: DirtyBitmap) throws(BlockError) {
+        guard dirtyBitmap(named: bitmap.name) == nil else {
+            throw BlockError(
+                .alreadyExists, "it has a dirty bitmap '\(bitmap.name)' already", node: name)
+        }
+        guard dirtyBitmaps.count < Limits.bitmapCountMax else {
+            throw BlockError(
+                .exhausted, "it has \(Limits.bitmapCountMax) dirty bitmaps already", node: name)
+        }
+        dirtyBitmaps.append(bitmap)
+        addWriteObserver(bitmap)
+    }
+
+    /// Takes a bitmap off the node, whatever its state. Nothing happens to what is stored of it.
+    public func removeDirtyBitmap(_ bitmap: DirtyBitmap) {
+        dirtyBitmaps.removeAll { $0 === bitmap }
+        removeWriteObserver(bitmap)
+    }
+
+    /// Makes a bitmap as `block-dirty-bitmap-add` does.
+    ///
+    /// - Parameter granularity: bytes; `nil` for the node's own, from its clusters.
+    /// - Throws: also when it is to be persistent and the node has nowhere to keep it.
+    @discardableResult
+    public func makeDirtyBitmap(
+        named name: String, granularity: Int? = nil, persistent: Bool = false,
+        enabled: Bool = true
+    ) async throws(BlockError) -> DirtyBitmap {
+        var unit = granularity ?? 0
+        if granularity == nil {
+            unit = DirtyBitmap.granularity(
+                forClusters: try await driver.information.clusterSize)
+        }
+        let bitmap = try DirtyBitmap(name: name, granularity: unit, size: size)
+        bitmap.isEnabled = enabled
+        bitmap.isPersistent = persistent
+        if persistent { try checkStorable(bitmap) }
+        try addDirtyBitmap(bitmap)
+        return bitmap
+    }
+
+    private func checkStorable(_ bitmap: DirtyBitmap) throws(BlockError) {
+        guard let store = driver.bitmapStore else {
+            throw BlockError(
+                .unsupported, "driver '\(description.name)' cannot keep dirty bitmaps",
+                remedy: "use persistent=off, or a qcow2 image", node: name)
+        }
+        try store.checkStorable(name: bitmap.name, granularity: bitmap.granularity)
+    }
+
+    /// Takes a bitmap off the node, and out of the image that keeps it.
+    ///
+    /// - Throws: when the image cannot be changed; the bitmap is off the node all the same.
+    public func discardDirtyBitmap(_ bitmap: DirtyBitmap) async throws(BlockError) {
+        removeDirtyBitmap(bitmap)
+        if bitmap.isPersistent { try await driver.bitmapStore?.removeStored(bitmap.name) }
+    }
+}
+
+extension BlockGraph {
+    /// - Throws: `notFound`.
+    public func requireDirtyBitmap(
+        node: String, name: String
+    ) throws(BlockError) -> DirtyBitmap {
+        try requireNode(named: node).requireDirtyBitmap(named: name)
+    }
+}
