@@ -67,6 +67,9 @@
     FUNCTION(int, gnutls_dh_params_init, (gnutls_dh_params_t *dh_params), (dh_params)) \
     FUNCTION(int, gnutls_error_is_fatal, (int error), (error)) \
     FUNCTION(int, gnutls_handshake, (gnutls_session_t session), (session)) \
+    FUNCTION(int, gnutls_hash_fast, \
+        (gnutls_digest_algorithm_t algorithm, const void *text, size_t length, void *digest), \
+        (algorithm, text, length, digest)) \
     FUNCTION(int, gnutls_init, (gnutls_session_t *session, unsigned int flags), (session, flags)) \
     FUNCTION(void, gnutls_priority_deinit, (gnutls_priority_t priority_cache), (priority_cache)) \
     FUNCTION(int, gnutls_priority_init, \

@@ -55,6 +55,10 @@ struct ServeCommand: ParsableCommand {
     var handshakeLimit = 10
     @Flag(name: [.customShort("A"), .customLong("allocation-depth")], help: "Tell how deep.")
     var allocationDepth = false
+    @Option(
+        name: [.customShort("B", allowingJoined: true), .long],
+        help: "Offer this dirty bitmap; may be given again.")
+    var bitmap: [String] = []
     @Option(name: .customLong("tls-creds"), help: "Clients must use TLS, with these credentials.")
     var tlsCredentials: String?
     @Option(name: .customLong("tls-authz"), help: "Whom the authorization object lets in.")
@@ -112,9 +116,11 @@ struct ServeCommand: ParsableCommand {
         SignalSource.block([SIGINT, SIGTERM, SIGHUP])
         try ToolSession.run { session throws(BlockError) in
             let node = try await opening.open(source, in: session)
+            var bitmaps: [NBDExport.Bitmap] = []
+            for name in bitmap { bitmaps.append(try .init(named: name, below: node)) }
             let export = try NBDExport(
                 name: exportName, description: description, node: node,
-                writable: source.isWritable, allocationDepth: allocationDepth)
+                writable: source.isWritable, allocationDepth: allocationDepth, bitmaps: bitmaps)
             export.edge?.isWriteThrough = source.cache.isWriteThrough
             node.release("command")
             let isVerbose = verbose
@@ -214,7 +220,6 @@ struct RefusedServeOptions: ParsableArguments {
     @Flag(name: [.customShort("s"), .long], help: .hidden) var snapshot = false
     @Option(name: [.customShort("l"), .customLong("load-snapshot")], help: .hidden)
     var loadSnapshot: String?
-    @Option(name: [.customShort("B"), .long], help: .hidden) var bitmap: [String] = []
     @Option(name: [.customShort("c"), .long], help: .hidden) var connect: String?
     @Flag(name: [.customShort("d"), .long], help: .hidden) var disconnect = false
     @Flag(name: [.customShort("L"), .long], help: .hidden) var list = false
@@ -224,7 +229,7 @@ struct RefusedServeOptions: ParsableArguments {
     func check() throws(BlockError) {
         let given: [(Bool, String)] = [
             (snapshot, "--snapshot"), (loadSnapshot != nil, "--load-snapshot"),
-            (!bitmap.isEmpty, "--bitmap"), (connect != nil, "--connect"),
+            (connect != nil, "--connect"),
             (disconnect, "--disconnect"), (list, "--list"),
             (tlsHostname != nil, "--tls-hostname"), (partition != nil, "--partition"),
         ]

@@ -273,6 +273,9 @@ final class NBDConnection: @unchecked Sendable {
 
     func context(_ identifier: UInt32) -> NBDContext? { session?.context(identifier) }
 
+    /// The dirty bitmap behind a context of the export.
+    func bitmap(named name: String) -> DirtyBitmap? { export?.bitmap(named: name) }
+
     var statusRules: NBDRequestRules? { rules }
 
     /// Queues a message and its data; what is queued counts until it is sent.

@@ -9,6 +9,8 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
     public let description: String
     public let isWritable: Bool
     public let offersAllocationDepth: Bool
+    /// What it offers as `qemu:dirty-bitmap:NAME`; they are busy while it is there.
+    let bitmaps: [Bitmap]
     /// Its use of the node; `nil` once the export is closed.
     public private(set) var edge: Edge?
     let graph: BlockGraph
@@ -19,12 +21,40 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
     public var userDescription: String { "NBD export '\(name)'" }
     public var connectionCount: Int { connections.count }
 
+    /// A dirty bitmap and the node that it is on.
+    public struct Bitmap {
+        public let node: BlockNode
+        public let bitmap: DirtyBitmap
+        public init(_ bitmap: DirtyBitmap, of node: BlockNode) {
+            self.bitmap = bitmap
+            self.node = node
+        }
+
+        /// The bitmap of that name on `top`, or on the nearest node below that it filters or overlays.
+        ///
+        /// - Throws: `notFound`.
+        public init(named name: String, below top: BlockNode) throws(BlockError) {
+            var next: BlockNode? = top
+            while let node = next {
+                if let found = node.dirtyBitmap(named: name) {
+                    self.init(found, of: node)
+                    return
+                }
+                next = (node.filteredChild ?? node.backing)?.node
+            }
+            throw BlockError(
+                .notFound, "neither it nor what is below it has a dirty bitmap '\(name)'",
+                node: top.name)
+        }
+    }
+
     /// Takes a node for export.
     ///
-    /// - Throws: `readOnly` or `permissionDenied` when the node cannot be used so.
+    /// - Throws: `readOnly` or `permissionDenied` when the node cannot be used so, and what speaks
+    ///   against one of the bitmaps: see ``checkBitmaps(_:of:writable:)``.
     public init(
         name: String, description: String = "", node: BlockNode, writable: Bool,
-        allocationDepth: Bool = false
+        allocationDepth: Bool = false, bitmaps: [Bitmap] = []
     ) throws(BlockError) {
         guard name.utf8.count <= NBDLimits.stringBytesMax,
             description.utf8.count <= NBDLimits.stringBytesMax
@@ -37,6 +67,7 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
         self.description = description
         isWritable = writable
         offersAllocationDepth = allocationDepth
+        self.bitmaps = bitmaps
         graph = node.graph
         if writable, node.isReadOnly {
             throw BlockError(
@@ -44,12 +75,52 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
                 remedy: "export it with writable=off, or open the node with read-only=off",
                 node: node.name)
         }
+        try Self.checkBitmaps(bitmaps, of: node, writable: writable)
         // Clients of an export cope with other writers, but not with another size.
         edge = try node.graph.attach(
             self, to: node,
             Access(
                 uses: writable ? [.consistentRead, .write] : .consistentRead,
                 shares: .all.subtracting(.resize)))
+        for exported in bitmaps {
+            exported.bitmap.hold(for: userDescription)
+            exported.node.hold(userDescription)
+        }
+    }
+
+    private static func checkBitmaps(
+        _ bitmaps: [Bitmap], of node: BlockNode, writable: Bool
+    ) throws(BlockError) {
+        guard bitmaps.count <= NBDLimits.contextCountMax - 2 else {
+            throw BlockError(.exhausted, "\(bitmaps.count) dirty bitmaps are too many to export")
+        }
+        var names: Set<String> = []
+        for exported in bitmaps {
+            let bitmap = exported.bitmap
+            try bitmap.check([.busy, .inconsistent])
+            guard names.insert(bitmap.name).inserted else {
+                throw BlockError(
+                    .invalidArgument,
+                    "two dirty bitmaps '\(bitmap.name)' cannot be told apart by clients")
+            }
+            guard bitmap.size == node.size else {
+                throw BlockError(
+                    .invalidArgument,
+                    "the dirty bitmap '\(bitmap.name)' is of \(bitmap.size) bytes, the node has "
+                        + "\(node.size)", node: node.name)
+            }
+            // Clients of a read-only export may keep what they were told.
+            guard writable || !bitmap.isRecording || exported.node.isReadOnly else {
+                throw BlockError(
+                    .invalidArgument,
+                    "the dirty bitmap '\(bitmap.name)' still records, and the export is read-only",
+                    remedy: "disable the bitmap, or export with writable=on", node: node.name)
+            }
+        }
+    }
+
+    func bitmap(named name: String) -> DirtyBitmap? {
+        bitmaps.first { $0.bitmap.name.utf8.elementsEqual(name.utf8) }?.bitmap
     }
 
     /// What a handshake tells of it.
@@ -69,6 +140,7 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
             preferred: max(4096, limits.requestAlignment))
         var contexts: [NBDContext] = [.baseAllocation]
         if offersAllocationDepth { contexts.append(.allocationDepth) }
+        contexts += bitmaps.map { .dirtyBitmap($0.bitmap.name) }
         return NBDExportInfo(
             name: name, description: description, size: edge.size, flags: flags, blockSizes: sizes,
             contexts: contexts)
@@ -99,6 +171,10 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
         for connection in connections { connection.shutdown() }
         while !connections.isEmpty {
             await withUnsafeContinuation { sleepers.append($0) }
+        }
+        for exported in bitmaps {
+            exported.bitmap.release(from: userDescription)
+            exported.node.release(userDescription)
         }
         try await graph.detach(edge)
     }

@@ -141,6 +141,8 @@ struct NBDRequestExecution {
     private static let statusQueryCountMax = NBDLimits.statusExtentCountMax
     /// Questions in a row before other requests get their turn.
     private static let statusTurnCount = 64
+    /// Runs of a dirty bitmap in a row before other requests get their turn.
+    private static let bitmapTurnCount = 4096
 
     /// What the reply to a block status may hold: no extent is shorter than a sector.
     static func statusBytesMax(_ request: NBDRequest) -> Int {
@@ -167,7 +169,12 @@ struct NBDRequestExecution {
         }
         for (index, identifier) in identifiers.enumerated() {
             guard let context = connection.context(identifier) else { continue }
-            let extents = try await extents(of: context, request)
+            let extents =
+                if case .dirtyBitmap(let name) = context {
+                    try await bitmapExtents(name, request)
+                } else {
+                    try await extents(of: context, request)
+                }
             let isLast = index == identifiers.count - 1
             let mode = connection.mode
             try connection.reply(capacity: NBDReply.statusCount(extents.count, mode: mode)) {
@@ -209,6 +216,46 @@ struct NBDRequestExecution {
         return result
     }
 
+    /// The extents of a dirty bitmap's context: bit 0 where it is dirty (QEMU's interop/nbd.txt).
+    private func bitmapExtents(
+        _ name: String, _ request: NBDRequest
+    ) async throws(BlockError) -> [NBDStatusExtent] {
+        guard let bitmap = connection.bitmap(named: name) else {
+            throw BlockError(.notFound, "the dirty bitmap '\(name)' is not exported any more")
+        }
+        let single = request.flags.contains(.requestOne)
+        let alignment = edge.node.limits.requestAlignment
+        var result: [NBDStatusExtent] = []
+        var runCount = 0
+        var offset = request.range.offset
+        while offset < request.range.end, result.count < NBDLimits.statusExtentCountMax {
+            // Whoever resizes the node all the same, past the bitmap's end there is nothing to tell.
+            guard offset < bitmap.size else { break }
+            runCount += 1
+            if runCount % Self.bitmapTurnCount == 0 {
+                guard !connection.isClosing else {
+                    throw BlockError(.cancelled, "the server is stopping")
+                }
+                await edge.node.thread.yield()
+                guard offset < bitmap.size else { break }
+            }
+            let run = bitmap.alignedRun(at: offset, alignment: alignment)
+            let end = min(run.end, request.range.end)
+            let flags: UInt64 = run.isDirty ? 1 : 0
+            if let last = result.last, last.flags == flags {
+                result[result.count - 1].count += end - offset
+            } else {
+                if single, !result.isEmpty { break }
+                result.append(NBDStatusExtent(count: end - offset, flags: flags))
+            }
+            offset = end
+        }
+        guard !result.isEmpty else {
+            throw BlockError(.outOfRange, "the dirty bitmap '\(name)' ends before that")
+        }
+        return result
+    }
+
     private static func flags(of status: ChainStatus, in context: NBDContext) -> UInt64 {
         switch context {
         case .baseAllocation:
@@ -218,7 +265,20 @@ struct NBDRequestExecution {
             // 0 unallocated, 1 in the top layer, 2 in its backing… (QEMU's interop/nbd.txt)
             UInt64(status.depth.map { $0 + 1 } ?? 0)
         case .dirtyBitmap:
+            // Not of the graph: see `bitmapExtents`.
             0
         }
+    }
+}
+
+extension DirtyBitmap {
+    /// The run at `offset`, cut so that it ends at a multiple of `alignment` or at the end: what is
+    /// dirty in part is dirty.
+    func alignedRun(at offset: Int, alignment: Int) -> (isDirty: Bool, end: Int) {
+        let (isDirty, end) = run(at: offset)
+        if end == size || end.isAligned(to: alignment) { return (isDirty, end) }
+        let down = end.roundedDown(to: alignment)
+        if !isDirty, down > offset { return (false, down) }
+        return (true, min(end.roundedUp(to: alignment) ?? size, size))
     }
 }

@@ -129,10 +129,8 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
             throw BlockError(.invalidArgument, "option 'bitmap' needs 'node' and 'name'")
         }
         try reader.finish()
-        let owner = try opening.graph.requireNode(named: nodeName)
-        guard let bitmap = owner.dirtyBitmap(named: name) else {
-            throw BlockError(.notFound, "node '\(nodeName)' has no dirty bitmap '\(name)'")
-        }
+        let bitmap = try opening.graph.requireDirtyBitmap(node: nodeName, name: name)
+        try bitmap.check([.busy, .inconsistent])
         guard bitmap.size == snapshotSize else {
             throw BlockError(
                 .invalidArgument,

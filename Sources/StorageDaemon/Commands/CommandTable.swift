@@ -20,7 +20,8 @@ struct DaemonCommand: Sendable {
 
 extension StorageDaemon {
     static let commands: [DaemonCommand] =
-        controlCommands + objectCommands + graphCommands + exportCommands + queryCommands
+        controlCommands + objectCommands + graphCommands + bitmapCommands + exportCommands
+        + queryCommands
 
     static let handlers: [String: DaemonCommand.Handler] = Dictionary(
         commands.map { ($0.schema.name, $0.handler) }, uniquingKeysWith: { first, _ in first })
@@ -87,6 +88,32 @@ extension StorageDaemon {
                 "transaction", .required("actions", .array(.named("TransactionAction"))),
                 .optional("properties", .named("TransactionProperties"))),
             StorageDaemon.transaction),
+    ]
+
+    private static let bitmapCommands = [
+        DaemonCommand(
+            CommandSchema("block-dirty-bitmap-add", argumentsOf: "BlockDirtyBitmapAdd"),
+            StorageDaemon.bitmapAdd),
+        DaemonCommand(
+            CommandSchema("block-dirty-bitmap-remove", argumentsOf: "BlockDirtyBitmap"),
+            StorageDaemon.bitmapRemove),
+        DaemonCommand(
+            CommandSchema("block-dirty-bitmap-clear", argumentsOf: "BlockDirtyBitmap"),
+            StorageDaemon.bitmapClear),
+        DaemonCommand(
+            CommandSchema("block-dirty-bitmap-enable", argumentsOf: "BlockDirtyBitmap"),
+            StorageDaemon.bitmapEnable),
+        DaemonCommand(
+            CommandSchema("block-dirty-bitmap-disable", argumentsOf: "BlockDirtyBitmap"),
+            StorageDaemon.bitmapDisable),
+        DaemonCommand(
+            CommandSchema("block-dirty-bitmap-merge", argumentsOf: "BlockDirtyBitmapMerge"),
+            StorageDaemon.bitmapMerge),
+        DaemonCommand(
+            CommandSchema(
+                "x-debug-block-dirty-bitmap-sha256", argumentsOf: "BlockDirtyBitmap",
+                result: .named("BlockDirtyBitmapSha256"), features: ["unstable"]),
+            StorageDaemon.bitmapChecksum),
     ]
 
     private static let exportCommands = [

@@ -110,19 +110,17 @@ extension StorageDaemon {
         if try reader.bool("writethrough") == true {
             throw BlockError(.unsupported, "writethrough exports are not supported yet")
         }
-        if let bitmaps = try reader.list("bitmaps"), !bitmaps.isEmpty {
-            throw BlockError(.unsupported, "exporting dirty bitmaps is not supported yet")
-        }
+        let bitmaps = try reader.list("bitmaps") ?? []
         try reader.finish()
         try addExport(
             identifier: identifier, nodeName: nodeName, name: name, description: description,
-            writable: writable, depth: depth)
+            writable: writable, depth: depth, bitmaps: bitmaps)
         return [:]
     }
 
     private func addExport(
         identifier: String, nodeName: String, name: String, description: String, writable: Bool,
-        depth: Bool
+        depth: Bool, bitmaps: [JSONValue]
     ) throws(BlockError) {
         let server = try requireServer()
         guard !exports.contains(where: { $0.identifier == identifier }) else {
@@ -131,11 +129,26 @@ extension StorageDaemon {
         guard server.exportNamed(name) == nil else {
             throw BlockError(.alreadyExists, "there is an NBD export named '\(name)' already")
         }
+        let node = try graph.requireNode(named: nodeName)
+        var exported: [NBDExport.Bitmap] = []
+        for value in bitmaps { exported.append(try exportedBitmap(value, below: node)) }
         let export = try NBDExport(
-            name: name, description: description, node: try graph.requireNode(named: nodeName),
-            writable: writable, allocationDepth: depth)
+            name: name, description: description, node: node, writable: writable,
+            allocationDepth: depth, bitmaps: exported)
         try server.add(export)
         exports.append(ExportRecord(identifier, export))
+    }
+
+    /// A dirty bitmap by its name, on `node` or below it, or by its node's name and its own.
+    private func exportedBitmap(
+        _ value: JSONValue, below node: BlockNode
+    ) throws(BlockError) -> NBDExport.Bitmap {
+        if case .string(let name) = value { return try NBDExport.Bitmap(named: name, below: node) }
+        let reader = try OptionReader(value, of: "a dirty bitmap")
+        let owner = try graph.requireNode(named: try reader.required("node"))
+        let bitmap = try owner.requireDirtyBitmap(named: try reader.required("name"))
+        try reader.finish()
+        return NBDExport.Bitmap(bitmap, of: owner)
     }
 
     /// `block-export-del`.
@@ -179,15 +192,14 @@ extension StorageDaemon {
         let name = try reader.string("name") ?? device
         let description = try reader.string("description") ?? ""
         let wanted = try reader.bool("writable") ?? false
-        if try reader.string("bitmap") != nil {
-            throw BlockError(.unsupported, "exporting dirty bitmaps is not supported yet")
-        }
+        let bitmap = try reader.string("bitmap")
         try reader.finish()
         // As documented for this command: read-only when the node is.
         let isReadOnly = try graph.requireNode(named: device).isReadOnly
         try addExport(
             identifier: name, nodeName: device, name: name, description: description,
-            writable: wanted && !isReadOnly, depth: false)
+            writable: wanted && !isReadOnly, depth: false,
+            bitmaps: bitmap.map { [.string($0)] } ?? [])
         return [:]
     }
 

@@ -52,6 +52,9 @@ extension StorageDaemon {
         if let backing = node.backing {
             result["backing_file"] = .string(backing.node.driver.filename)
         }
+        if !node.dirtyBitmaps.isEmpty {
+            result["dirty-bitmaps"] = .array(node.dirtyBitmaps.map(\.description))
+        }
         return .object(result)
     }
 

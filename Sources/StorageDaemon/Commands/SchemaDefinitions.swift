@@ -7,7 +7,9 @@ extension StorageDaemon {
     static let schemaDefinitions: [String: SchemaDefinition] = controlDefinitions.merging(
         exportDefinitions.merging(
             nodeDefinitions.merging(
-                objectDefinitions, uniquingKeysWith: { first, _ in first }),
+                objectDefinitions.merging(
+                    bitmapDefinitions, uniquingKeysWith: { first, _ in first }),
+                uniquingKeysWith: { first, _ in first }),
             uniquingKeysWith: { first, _ in first }),
         uniquingKeysWith: { first, _ in first })
 
@@ -43,10 +45,17 @@ extension StorageDaemon {
                     .init("blockdev-add", "BlockdevOptionsWrapper"),
                     .init("blockdev-replace", "BlockdevReplaceWrapper"),
                     .init("block-export-add", "BlockExportOptionsWrapper"),
+                    .init("block-dirty-bitmap-add", "BlockDirtyBitmapAddWrapper"),
+                    .init("block-dirty-bitmap-remove", "BlockDirtyBitmapWrapper"),
+                    .init("block-dirty-bitmap-clear", "BlockDirtyBitmapWrapper"),
+                    .init("block-dirty-bitmap-enable", "BlockDirtyBitmapWrapper"),
+                    .init("block-dirty-bitmap-disable", "BlockDirtyBitmapWrapper"),
+                    .init("block-dirty-bitmap-merge", "BlockDirtyBitmapMergeWrapper"),
                 ])),
-        "TransactionActionKind": .enumeration([
-            "abort", "blockdev-add", "blockdev-replace", "block-export-add",
-        ]),
+        "TransactionActionKind": .enumeration(
+            [
+                "abort", "blockdev-add", "blockdev-replace", "block-export-add",
+            ] + BitmapAction.allCases.map(\.rawValue)),
         "Abort": .object(ObjectSchema([])),
         "AbortWrapper": .object(ObjectSchema([.optional("data", .named("Abort"))])),
         "BlockdevOptionsWrapper": .object(
@@ -58,6 +67,30 @@ extension StorageDaemon {
         "TransactionProperties": .object(
             ObjectSchema([.optional("completion-mode", .named("ActionCompletionMode"))])),
         "ActionCompletionMode": .enumeration(["individual", "grouped"]),
+    ]
+
+    private static let bitmapDefinitions: [String: SchemaDefinition] = [
+        "BlockDirtyBitmap": .object(
+            ObjectSchema([.required("node", .string), .required("name", .string)])),
+        "BlockDirtyBitmapOrStr": .alternate([.string, .named("BlockDirtyBitmap")]),
+        "BlockDirtyBitmapAdd": .object(
+            ObjectSchema([
+                .required("node", .string), .required("name", .string),
+                .optional("granularity", .integer), .optional("persistent", .boolean),
+                .optional("disabled", .boolean),
+            ])),
+        "BlockDirtyBitmapMerge": .object(
+            ObjectSchema([
+                .required("node", .string), .required("target", .string),
+                .required("bitmaps", .array(.named("BlockDirtyBitmapOrStr"))),
+            ])),
+        "BlockDirtyBitmapWrapper": .object(
+            ObjectSchema([.required("data", .named("BlockDirtyBitmap"))])),
+        "BlockDirtyBitmapAddWrapper": .object(
+            ObjectSchema([.required("data", .named("BlockDirtyBitmapAdd"))])),
+        "BlockDirtyBitmapMergeWrapper": .object(
+            ObjectSchema([.required("data", .named("BlockDirtyBitmapMerge"))])),
+        "BlockDirtyBitmapSha256": .object(ObjectSchema([.required("sha256", .string)])),
     ]
 
     private static let objectDefinitions: [String: SchemaDefinition] = [
@@ -114,7 +147,8 @@ extension StorageDaemon {
         "BlockExportOptionsNbd": .object(
             ObjectSchema([
                 .optional("name", .string), .optional("description", .string),
-                .optional("bitmaps", .array(.any)), .optional("allocation-depth", .boolean),
+                .optional("bitmaps", .array(.named("BlockDirtyBitmapOrStr"))),
+                .optional("allocation-depth", .boolean),
             ])),
         "BlockExportInfo": .object(
             ObjectSchema([
@@ -234,7 +268,8 @@ extension StorageDaemon {
             "copy-before-write",
             [
                 .required("file", .named("BlockdevRef")),
-                .required("target", .named("BlockdevRef")), .optional("bitmap", .any),
+                .required("target", .named("BlockdevRef")),
+                .optional("bitmap", .named("BlockDirtyBitmap")),
                 .optional("on-cbw-error", .named("OnCbwError")),
                 .optional("cbw-timeout", .integer), .optional("min-cluster-size", .integer),
             ]

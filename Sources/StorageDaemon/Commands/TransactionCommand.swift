@@ -35,9 +35,9 @@ extension StorageDaemon {
         for node in held { node.hold("transaction") }
         defer { for node in held { node.release("transaction") } }
         var cleanUp: [Undo.Step] = []
+        var done: [Undo] = []
         do throws(BlockError) {
             try await graph.drained(graph.nodes) { () throws(BlockError) in
-                var done: [Undo] = []
                 var rest = actions[...]
                 while !rest.isEmpty {
                     do throws(BlockError) {
@@ -55,16 +55,19 @@ extension StorageDaemon {
             for step in cleanUp { try? await step() }
             throw error
         }
+        for action in done { try await action.finish() }
         return [:]
     }
 
-    /// What undoes an action.
-    private struct Undo {
+    /// What undoes an action, or finishes it.
+    struct Undo {
         typealias Step = () async throws(BlockError) -> Void
         /// While guests are still held back: what they would notice.
         var atOnce: Step = { () throws(BlockError) in }
         /// When they go on again: an export's clients may wait for requests that are held back.
         var afterwards: Step = { () throws(BlockError) in }
+        /// Once nothing will be undone any more: what cannot be.
+        var finish: Step = { () throws(BlockError) in }
     }
 
     /// Carries out the next action, or all replacements that stand in a row: their permissions are
@@ -109,9 +112,12 @@ extension StorageDaemon {
         case "abort":
             throw BlockError(.cancelled, "the transaction was aborted by its 'abort' action")
         default:
+            if let change = BitmapAction(rawValue: type) {
+                return try await carryOut(change, data)
+            }
             throw BlockError(
                 .unsupported, "there is no transaction action '\(type)'",
-                remedy: "use blockdev-add, blockdev-replace, block-export-add or abort")
+                remedy: "query-qmp-schema lists them as TransactionActionKind")
         }
     }
 }

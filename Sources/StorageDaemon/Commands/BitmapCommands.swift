@@ -1,0 +1,190 @@
+import BlockCore
+import BlockGraph
+import BlockTLS
+import QMP
+
+// Dirty bitmaps. Each change is carried out at once and knows how to be undone, so that the commands
+// and the transaction's actions of the same names are one thing.
+
+extension StorageDaemon {
+    /// What changes dirty bitmaps: commands, and actions of a transaction.
+    enum BitmapAction: String, CaseIterable {
+        case add = "block-dirty-bitmap-add"
+        case remove = "block-dirty-bitmap-remove"
+        case clear = "block-dirty-bitmap-clear"
+        case enable = "block-dirty-bitmap-enable"
+        case disable = "block-dirty-bitmap-disable"
+        case merge = "block-dirty-bitmap-merge"
+    }
+
+    // MARK: Commands
+
+    /// `block-dirty-bitmap-add`.
+    func bitmapAdd(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        try await run(.add, arguments)
+    }
+
+    /// `block-dirty-bitmap-remove`.
+    func bitmapRemove(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        try await run(.remove, arguments)
+    }
+
+    /// `block-dirty-bitmap-clear`.
+    func bitmapClear(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        try await run(.clear, arguments)
+    }
+
+    /// `block-dirty-bitmap-enable`.
+    func bitmapEnable(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        try await run(.enable, arguments)
+    }
+
+    /// `block-dirty-bitmap-disable`.
+    func bitmapDisable(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        try await run(.disable, arguments)
+    }
+
+    /// `block-dirty-bitmap-merge`.
+    func bitmapMerge(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        try await run(.merge, arguments)
+    }
+
+    private func run(
+        _ action: BitmapAction, _ arguments: JSONValue
+    ) async throws(BlockError) -> JSONValue {
+        let undo = try await carryOut(action, arguments)
+        try await undo.finish()
+        return [:]
+    }
+
+    /// `x-debug-block-dirty-bitmap-sha256`: of the bits, in whole words of 64.
+    func bitmapChecksum(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        let reader = try OptionReader(arguments, of: "x-debug-block-dirty-bitmap-sha256")
+        let (_, bitmap) = try target(reader)
+        try reader.finish()
+        let bits = bitmap.contents
+        var bytes = [UInt8](repeating: 0, count: bits.byteCount)
+        bytes.withUnsafeMutableBytes { bits.copyBytes(from: 0, to: $0) }
+        return ["sha256": .string(try Digest.sha256(bytes))]
+    }
+
+    // MARK: Actions
+
+    /// Carries out one change.
+    ///
+    /// - Returns: what undoes it, and what remains to be done once it will not be undone.
+    func carryOut(
+        _ action: BitmapAction, _ arguments: JSONValue
+    ) async throws(BlockError) -> Undo {
+        let reader = try OptionReader(arguments, of: action.rawValue)
+        switch action {
+        case .add: return try await add(reader)
+        case .remove: return try remove(reader)
+        case .clear: return try clear(reader)
+        case .enable: return try enable(reader, true)
+        case .disable: return try enable(reader, false)
+        case .merge: return try merge(reader)
+        }
+    }
+
+    private func target(
+        _ reader: OptionReader, named key: String = "name"
+    ) throws(BlockError) -> (node: BlockNode, bitmap: DirtyBitmap) {
+        let node = try graph.requireNode(named: try reader.required("node"))
+        return (node, try node.requireDirtyBitmap(named: try reader.required(key)))
+    }
+
+    private func add(_ reader: OptionReader) async throws(BlockError) -> Undo {
+        let node = try graph.requireNode(named: try reader.required("node"))
+        let name = try reader.required("name")
+        let granularity = try reader.int("granularity")
+        let isPersistent = try reader.bool("persistent") ?? false
+        let isDisabled = try reader.bool("disabled") ?? false
+        try reader.finish()
+        let bitmap = try await node.makeDirtyBitmap(
+            named: name, granularity: granularity, persistent: isPersistent, enabled: !isDisabled)
+        return Undo(atOnce: { () throws(BlockError) in node.removeDirtyBitmap(bitmap) })
+    }
+
+    private func remove(_ reader: OptionReader) throws(BlockError) -> Undo {
+        let (node, bitmap) = try target(reader)
+        try reader.finish()
+        try bitmap.check([.busy, .readOnly])
+        node.removeDirtyBitmap(bitmap)
+        return Undo(
+            atOnce: { () throws(BlockError) in try node.addDirtyBitmap(bitmap) },
+            finish: { () throws(BlockError) in try await node.discardDirtyBitmap(bitmap) })
+    }
+
+    private func clear(_ reader: OptionReader) throws(BlockError) -> Undo {
+        let (_, bitmap) = try target(reader)
+        try reader.finish()
+        try bitmap.check()
+        return undoable(bitmap) { bitmap.clear() }
+    }
+
+    private func enable(
+        _ reader: OptionReader, _ isEnabled: Bool
+    ) throws(BlockError) -> Undo {
+        let (_, bitmap) = try target(reader)
+        try reader.finish()
+        try bitmap.check([.busy, .inconsistent])
+        let was = bitmap.isEnabled
+        bitmap.isEnabled = isEnabled
+        return Undo(atOnce: { () throws(BlockError) in bitmap.isEnabled = was })
+    }
+
+    private func merge(_ reader: OptionReader) throws(BlockError) -> Undo {
+        let (node, bitmap) = try target(reader, named: "target")
+        guard let list = try reader.list("bitmaps") else {
+            throw BlockError(.invalidArgument, "\(reader.subject): 'bitmaps' is missing")
+        }
+        try reader.finish()
+        try bitmap.check()
+        var sources: [DirtyBitmap] = []
+        for value in list {
+            let source = try dirtyBitmap(value, defaultNode: node)
+            try source.check([.busy, .inconsistent])
+            sources.append(source)
+        }
+        let before = bitmap.contents
+        do throws(BlockError) {
+            for source in sources { try bitmap.merge(source) }
+        } catch {
+            bitmap.contents = before
+            throw error
+        }
+        return Undo(atOnce: { () throws(BlockError) in bitmap.contents = before })
+    }
+
+    /// What undoes a change of a bitmap's bits, which it makes.
+    private func undoable(_ bitmap: DirtyBitmap, _ change: () -> Void) -> Undo {
+        let before = bitmap.contents
+        change()
+        return Undo(atOnce: { () throws(BlockError) in bitmap.contents = before })
+    }
+
+    /// The bitmap that a name on `defaultNode`, or an object with `node` and `name`, stands for.
+    private func dirtyBitmap(
+        _ value: JSONValue, defaultNode: BlockNode
+    ) throws(BlockError) -> DirtyBitmap {
+        if case .string(let name) = value { return try defaultNode.requireDirtyBitmap(named: name) }
+        let reader = try OptionReader(value, of: "a dirty bitmap")
+        let (_, bitmap) = try target(reader)
+        try reader.finish()
+        return bitmap
+    }
+}
+
+extension DirtyBitmap {
+    /// As queries tell of it (`BlockDirtyInfo`).
+    var description: JSONValue {
+        var result: JSONObject = [
+            "name": .string(name), "recording": .bool(isRecording),
+            "persistent": .bool(isPersistent), "busy": .bool(isBusy),
+            "granularity": .integer(granularity), "count": .integer(dirtyBytes),
+        ]
+        if isInconsistent { result["inconsistent"] = true }
+        return .object(result)
+    }
+}
