@@ -88,6 +88,9 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// The snapshot that this node gives access to, if it does.
     var snapshotSource: (any SnapshotSource)? { get }
 
+    /// The snapshots that the image holds inside itself, if it can.
+    var snapshotStore: (any InternalSnapshotStore)? { get }
+
     /// Whether `write` and `writeZeroes` take `fua`.
     var supportsFUA: Bool { get }
 
@@ -130,6 +133,7 @@ public protocol BlockDriver: AnyObject, Sendable {
 
 extension BlockDriver {
     public var snapshotSource: (any SnapshotSource)? { nil }
+    public var snapshotStore: (any InternalSnapshotStore)? { nil }
     public var supportsFUA: Bool { false }
     public var supportsCompressedWrites: Bool { false }
     public var bitmapStore: (any BitmapStore)? { nil }
@@ -195,4 +199,10 @@ public protocol SnapshotSource: AnyObject {
     ) async throws(BlockError) -> BlockStatus
     /// That part of the snapshot is not needed any more; its space is given back.
     func discardSnapshot(_ range: ByteRange) async throws(BlockError)
+    /// Nobody reads it any more.
+    func close()
+}
+
+extension SnapshotSource {
+    public func close() {}
 }

@@ -18,14 +18,15 @@ import Testing
     static let registry = DriverRegistry(BlockProtocols.drivers + BlockFormats.drivers)
 
     static func create(
-        _ simulation: Simulation, clusterSize: Int, isLazy: Bool
+        _ simulation: Simulation, clusterSize: Int, isLazy: Bool, size: Int = size,
+        version: String = "v3"
     ) async throws {
         simulation.disk.addFile("/disk", size: 0)
         try await simulation.run { thread throws(BlockError) in
             let graph = BlockGraph(on: thread, registry: registry)
             let options: JSONValue = [
                 "size": .integer(size), "cluster-size": .integer(clusterSize),
-                "lazy-refcounts": .bool(isLazy),
+                "lazy-refcounts": .bool(isLazy), "version": .string(version),
                 "file": ["driver": "file", "filename": "/disk", "locking": "off"],
             ]
             let creation = ImageCreation(graph, options: try OptionReader(options, of: "creation"))

@@ -4,6 +4,9 @@ import QMP
 
 /// `snapshot-access`: the snapshot that its child gives access to, as a node to read.
 ///
+/// The snapshot is the one point in time that the child keeps (copy-before-write), or, named by
+/// `snapshot-name` or `snapshot-id`, one that the child's image holds inside itself (qcow2).
+///
 /// It reads only through the child's snapshot interface, never the child's own data, and takes no
 /// permission on the child: the frozen state does not depend on what happens to the live one.
 /// Discarding drops a part of the snapshot that is not needed any more.
@@ -22,7 +25,23 @@ public final class SnapshotAccess: BlockDriver, @unchecked Sendable {
 
     static func open(_ opening: NodeOpening) async throws(BlockError) -> SnapshotAccess {
         let file = try await opening.requiredChild("file", roles: [.data, .primary])
-        return SnapshotAccess(opening.node, file, try file.snapshotSource())
+        let selector = SnapshotSelector(
+            identifier: try opening.options.string("snapshot-id"),
+            name: try opening.options.string("snapshot-name"))
+        if selector.identifier == nil, selector.name == nil {
+            return SnapshotAccess(opening.node, file, try file.snapshotSource())
+        }
+        let store = try file.node.requireSnapshotStore()
+        guard let snapshot = store.snapshot(selector) else {
+            throw BlockError(
+                .notFound, "'\(file.node.name)' has no internal snapshot \(selector.text)")
+        }
+        let source = try await store.openSnapshot(snapshot.identifier, for: opening.node)
+        return SnapshotAccess(opening.node, file, source)
+    }
+
+    public func close() async throws(BlockError) {
+        source.close()
     }
 
     public func access(to edge: Edge, for users: Access) -> Access {

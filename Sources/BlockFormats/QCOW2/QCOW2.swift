@@ -23,6 +23,11 @@ enum QCOW2 {
         static let clusterBitsMax = 21
         static let refcountOrderMax = 6
         static let snapshotCountMax = 65_536
+        static let snapshotTableBytesMax = 64 << 20
+        /// Of one entry.
+        static let snapshotExtraBytesMax = 1024
+        /// Of new snapshots: what other tools can show.
+        static let snapshotNameBytesMax = 255
         /// Host offsets have 56 bits.
         static let hostOffsetMax = 1 << 56
         /// The counts that rebuilding refcounts keeps in memory.

@@ -159,6 +159,8 @@ extension QCOW2Driver {
         guard frozenIsDurable, epochs.olderIsEmpty else { return }
         // Taken out first: a failure in between leaks, and nothing is given back twice.
         while let removal = frozen.popLast() {
+            // A reader that saw the old entries may have brought them back.
+            decompressed.removeAll()
             if removal.discards { try await discardBelow(removal) }
             try await refcounts.release(removal.first, removal.count)
         }
@@ -166,7 +168,7 @@ extension QCOW2Driver {
     }
 
     /// Gives space back below, of clusters that nothing refers to any more.
-    private func discardBelow(_ removal: Removal) async throws(BlockError) {
+    func discardBelow(_ removal: Removal) async throws(BlockError) {
         var cluster = removal.first
         let end = removal.first + removal.count
         while cluster < end {
@@ -194,7 +196,8 @@ extension QCOW2Driver {
         try await commit()
         try await refcounts.writeBlocks()
         try await file.flush()
-        if image.header.incompatible.contains(.dirty) {
+        // What a change of references left behind is for the next who opens the image.
+        if image.header.incompatible.contains(.dirty), !changesReferences {
             image.header.incompatible.remove(.dirty)
             try await image.writeHeader()
             try await file.flush()

@@ -44,6 +44,7 @@ extension QCOW2Driver {
         _ = try await opening.child(
             "backing", roles: .cow, fallback: try await backingOptions(header, opening, file))
         let driver = QCOW2Driver(opening, file, image, options, refcountTable: refcountTable)
+        try await driver.loadSnapshots()
         if !node.isReadOnly { try await driver.prepareWriting() }
         driver.startCleaning()
         return driver
@@ -85,12 +86,6 @@ extension QCOW2Driver {
                 .corrupt, "the image is marked corrupt and cannot be written",
                 remedy: "repair it, or open it with read-only=on")
         }
-        if header.snapshotCount > 0 {
-            throw BlockError(
-                .unsupported,
-                "the image has \(header.snapshotCount) internal snapshots; writing "
-                    + "such images is not supported", remedy: "open it with read-only=on")
-        }
         if header.hasBitmaps {
             throw BlockError(
                 .unsupported,
@@ -99,7 +94,7 @@ extension QCOW2Driver {
         }
     }
 
-    private static func readTable(
+    static func readTable(
         _ file: Edge, _ offset: Int, _ count: Int
     ) async throws(BlockError) -> [UInt64] {
         if count == 0 { return [] }

@@ -1,7 +1,19 @@
 import BlockCore
 import BlockGraph
 
-extension QCOW2Driver {
+/// Tables that map a disk: the live one's, or a snapshot's.
+protocol QCOW2TableView: AnyObject, Sendable {
+    /// The slice that maps guest `offset`, to be looked at; `nil` where there is no L2 table.
+    func slice(at offset: Int) async throws(BlockError) -> QCOW2TableCache.Slice?
+    /// Whether there is an L1 entry `index`, and it names no L2 table.
+    func hasNoTable(_ index: Int) -> Bool
+}
+
+extension QCOW2Driver: QCOW2TableView {
+    func hasNoTable(_ index: Int) -> Bool {
+        index < image.l1.count && QCOW2.L1Entry(rawValue: image.l1[index]).offset == 0
+    }
+
     public func read(
         _ offset: Int, into vector: IOVector, _ flags: ReadFlags
     ) async throws(BlockError) {
@@ -18,26 +30,56 @@ extension QCOW2Driver {
                 return
             }
         }
-        try await readRuns(offset, into: vector)
+        try await readRuns(offset, into: vector, of: self)
     }
 
-    private func readRuns(_ offset: Int, into vector: IOVector) async throws(BlockError) {
-        var done = 0
-        while done < vector.count {
-            let position = offset + done
-            let left = vector.count - done
-            guard let slice = try await slice(at: position) else {
-                // No table: all that it would map is unallocated.
-                let coverage = 1 << geometry.l2CoverageBits
-                let count = min(left, coverage - position & (coverage - 1))
-                try await readBacking(position, into: vector.slice(done, count))
-                done += count
-                continue
-            }
-            let run = run(slice, position, left)
-            try await read(run, position, into: vector.slice(done, run.count))
-            done += run.count
+    /// Reads run by run, several at once where there is more than one.
+    func readRuns(
+        _ offset: Int, into vector: IOVector, of view: some QCOW2TableView
+    ) async throws(BlockError) {
+        let first = try await run(at: offset, limit: vector.count, of: view)
+        if first.count == vector.count {
+            try await read(first, offset, into: vector)
+            return
         }
+        let lanes = QCOW2Lanes(on: thread)
+        lanes.start { () throws(BlockError) in
+            try await self.read(first, offset, into: vector.slice(0, first.count))
+        }
+        do throws(BlockError) {
+            var done = first.count
+            while done < vector.count, lanes.failure == nil {
+                await lanes.waitForRoom()
+                let position = offset + done
+                let run = try await run(at: position, limit: vector.count - done, of: view)
+                let part = vector.slice(done, run.count)
+                lanes.start { () throws(BlockError) in
+                    try await self.read(run, position, into: part)
+                }
+                done += run.count
+            }
+        } catch {
+            // The memory is the caller's again once nothing writes to it.
+            try? await lanes.finish()
+            throw error
+        }
+        try await lanes.finish()
+    }
+
+    /// The run at guest `offset`, of at most `limit` bytes.
+    func run(
+        at offset: Int, limit: Int, of view: some QCOW2TableView
+    ) async throws(BlockError) -> Run {
+        if let slice = try await view.slice(at: offset) { return run(slice, offset, limit) }
+        // No table: all that it would map is unallocated, and so on to the next table.
+        let coverage = 1 << geometry.l2CoverageBits
+        var count = coverage - offset & (coverage - 1)
+        var index = offset >> geometry.l2CoverageBits + 1
+        while count < limit, view.hasNoTable(index) {
+            count += coverage
+            index += 1
+        }
+        return Run(kind: .unallocated, host: 0, count: min(limit, count), isCopied: false)
     }
 
     private func read(
@@ -79,6 +121,6 @@ extension QCOW2Driver {
     func readGuest(_ offset: Int, into vector: IOVector) async throws(BlockError) {
         let there = max(0, min(vector.count, node.size - offset))
         if there < vector.count { vector.zero(there, vector.count - there) }
-        if there > 0 { try await readRuns(offset, into: vector.slice(0, there)) }
+        if there > 0 { try await readRuns(offset, into: vector.slice(0, there), of: self) }
     }
 }

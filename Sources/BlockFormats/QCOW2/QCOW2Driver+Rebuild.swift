@@ -21,15 +21,29 @@ extension QCOW2Driver {
             header.l1Offset >> bits, geometry.clusterCount(for: image.l1.count * 8), to: &counts)
         try add(header.refcountTableOffset >> bits, header.refcountTableClusters, to: &counts)
         for block in refcounts.blocks { try add(block >> bits, 1, to: &counts) }
-        for entry in image.l1 {
-            let table = QCOW2.L1Entry(rawValue: entry).offset
-            if table == 0 { continue }
-            try add(table >> bits, 1, to: &counts)
-            try await addEntries(of: table, to: &counts)
+        try await addTables(of: image.l1, to: &counts)
+        try add(snapshotTable.offset >> bits, snapshotTable.count >> bits, to: &counts)
+        for snapshot in snapshots {
+            let clusters = max(1, geometry.clusterCount(for: snapshot.l1EntryCount * 8))
+            try add(snapshot.l1Offset >> bits, clusters, to: &counts)
+            try await addTables(of: try await readL1(of: snapshot), to: &counts)
         }
         try await refcounts.replaceAll(with: counts)
         try await refcounts.writeBlocks()
         try await file.flush()
+        // What snapshots share has no COPIED flag, and what they do not share has one.
+        image.l1 = try await changeReferences(of: image.l1, .flags)
+        try await writeActiveL1()
+        try await file.flush()
+    }
+
+    private func addTables(of l1: [UInt64], to counts: inout [UInt32]) async throws(BlockError) {
+        for entry in l1 {
+            let table = QCOW2.L1Entry(rawValue: entry).offset
+            if table == 0 { continue }
+            try add(table >> geometry.clusterBits, 1, to: &counts)
+            try await addEntries(of: table, to: &counts)
+        }
     }
 
     private func addEntries(of table: Int, to counts: inout [UInt32]) async throws(BlockError) {
@@ -56,6 +70,7 @@ extension QCOW2Driver {
     ) throws(BlockError) {
         // A data cluster may end past a file that was cut at its last byte.
         let end = first + count
+        guard first < end else { return }
         if end > counts.count {
             guard end <= QCOW2.Limit.rebuildClusterCountMax, end - counts.count <= 1 << 20 else {
                 throw BlockError(
@@ -64,6 +79,11 @@ extension QCOW2Driver {
             }
             counts.append(contentsOf: [UInt32](repeating: 0, count: end - counts.count))
         }
-        for cluster in first..<end { counts[cluster] += 1 }
+        for cluster in first..<end {
+            guard let count = counts[cluster].adding(1) else {
+                throw BlockError(.corrupt, "cluster \(cluster) has too many references")
+            }
+            counts[cluster] = count
+        }
     }
 }

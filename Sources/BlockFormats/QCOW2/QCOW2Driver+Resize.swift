@@ -11,6 +11,7 @@ extension QCOW2Driver {
                     + "\(geometry.clusterSize) bytes")
         }
         let old = node.size
+        if size != old { try await prepareResize() }
         if size < old {
             guard preallocation == .off else {
                 throw BlockError(.invalidArgument, "preallocation is for growing only")
@@ -31,6 +32,7 @@ extension QCOW2Driver {
         // What a backing image or a stale cluster has there must not show.
         node.size = size
         do throws(BlockError) {
+            try await dropVMState(from: old, to: size)
             try await hide(from: old, to: size)
             if preallocation != .off {
                 try await preallocate(from: old, to: size, preallocation)
@@ -43,6 +45,16 @@ extension QCOW2Driver {
             node.size = old
             image.header.size = old
             throw error
+        }
+    }
+
+    /// Drops what lies past the disk's end where the disk is to be: the state of a virtual machine,
+    /// which came with a snapshot that was applied.
+    private func dropVMState(from old: Int, to size: Int) async throws(BlockError) {
+        let mask = geometry.clusterSize - 1
+        guard let end = size.adding(mask) else { return }
+        try await changeEntries(((old + mask) & ~mask, end & ~mask), makesTables: false) { _, _ in
+            .init(rawValue: 0)
         }
     }
 

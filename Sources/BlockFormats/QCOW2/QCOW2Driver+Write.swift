@@ -13,11 +13,25 @@ extension QCOW2Driver {
                 return
             }
         }
-        var done = 0
-        while done < vector.count {
-            let left = vector.slice(done, vector.count - done)
-            done += try await writeRun(offset + done, left)
+        try await writeRuns(offset, vector)
+    }
+
+    /// Writes run by run, several at once where there is more than one.
+    func writeRuns(_ offset: Int, _ vector: IOVector) async throws(BlockError) {
+        let lanes = QCOW2Lanes(on: thread)
+        do throws(BlockError) {
+            var done = 0
+            while done < vector.count, lanes.failure == nil {
+                await lanes.waitForRoom()
+                let left = vector.slice(done, vector.count - done)
+                done += try await startRun(offset + done, left, lanes)
+            }
+        } catch {
+            // The memory is the caller's again once nothing reads it.
+            try? await lanes.finish()
+            throw error
         }
+        try await lanes.finish()
     }
 
     private func writeInPlace(
@@ -40,34 +54,34 @@ extension QCOW2Driver {
         if let failure = image.writeFailure { throw failure }
     }
 
-    /// Writes the start of `vector`, as much as one run of clusters takes.
+    /// Begins to write the start of `vector`, as much as one run of clusters takes.
     ///
-    /// - Returns: the bytes written; 0 when another request changed the entries meanwhile.
-    private func writeRun(_ offset: Int, _ vector: IOVector) async throws(BlockError) -> Int {
+    /// - Returns: the bytes that are on their way; 0 when another request changed the entries meanwhile.
+    private func startRun(
+        _ offset: Int, _ vector: IOVector, _ lanes: QCOW2Lanes
+    ) async throws(BlockError) -> Int {
         let slice = try await writableSlice(at: offset)
         let run = run(slice, offset, vector.count)
         if run.kind == .normal, run.isCopied {
-            try await writeInPlace(run, offset, vector.slice(0, run.count))
+            let part = vector.slice(0, run.count)
+            lanes.start { () throws(BlockError) in
+                try await self.writeInPlace(run, offset, part)
+            }
             return run.count
         }
         let first = offset >> geometry.clusterBits
         if let other = conflict(first) {
-            await other.queue.wait()
-            return 0
+            return try await startBeside(other, offset, vector, lanes)
         }
-        return try await writeNewClusters(slice, run, offset, vector)
-    }
-
-    /// The request that is about to change the entry of a guest cluster.
-    func conflict(_ cluster: Int) -> Allocation? {
-        if allocations.isEmpty { return nil }
-        return allocations.first { $0.clusters.contains(cluster) }
+        return try await startNewClusters(slice, run, offset, vector, lanes)
     }
 
     // MARK: Allocation
 
-    private func writeNewClusters(
-        _ slice: QCOW2TableCache.Slice, _ run: Run, _ offset: Int, _ vector: IOVector
+    /// Reserves clusters for the start of `vector` and begins to fill them.
+    private func startNewClusters(
+        _ slice: QCOW2TableCache.Slice, _ run: Run, _ offset: Int, _ vector: IOVector,
+        _ lanes: QCOW2Lanes
     ) async throws(BlockError) -> Int {
         let bits = geometry.clusterBits
         let first = offset >> bits
@@ -76,37 +90,56 @@ extension QCOW2Driver {
             reuses
             ? (offset + run.count - 1) >> bits + 1
             : clustersToAllocate(slice, first, (offset + vector.count - 1) >> bits + 1)
-        let allocation = Allocation(first..<limit)
+        let allocation = QCOW2Allocation(first..<limit, in: slice)
         allocations.append(allocation)
-        slice.pinCount += 1
-        defer {
-            slice.pinCount -= 1
-            allocations.removeAll { $0 === allocation }
-            allocation.queue.wakeAll()
-        }
         let clusters: QCOW2Refcounts.Allocation
-        if reuses {
-            clusters = .init(
-                offset: run.host & ~(geometry.clusterSize - 1), count: limit - first, isFresh: false
-            )
-            try await image.checkOverlap(clusters.offset, clusters.count << bits)
-        } else {
-            clusters = try await refcounts.allocate(upTo: limit - first)
-            if clusters.count < limit - first {
-                // Fewer in a row: what comes after is somebody else's to take.
-                allocation.clusters = first..<(first + clusters.count)
-                allocation.queue.wakeAll()
-            }
-        }
-        let count = min(vector.count, (first + clusters.count) << bits - offset)
         do throws(BlockError) {
-            try await writeData(clusters, slice, offset, vector.slice(0, count))
+            if reuses {
+                clusters = .init(
+                    offset: run.host & ~(geometry.clusterSize - 1), count: limit - first,
+                    isFresh: false)
+                try await image.checkOverlap(clusters.offset, clusters.count << bits)
+            } else {
+                clusters = try await refcounts.allocate(upTo: limit - first)
+            }
         } catch {
-            if !reuses { removeClusters(clusters.offset >> bits, clusters.count, discards: false) }
+            end(allocation)
             throw error
         }
-        link(slice, first, clusters)
+        // Where there are fewer in a row, what comes after is somebody else's to take.
+        allocation.clusters = first..<(first + clusters.count)
+        let count = min(vector.count, (first + clusters.count) << bits - offset)
+        let data = vector.slice(0, count)
+        lanes.start { () throws(BlockError) in
+            try await self.fill(allocation, clusters, offset, data, reuses: reuses)
+        }
         return count
+    }
+
+    /// Writes to new clusters, and links them.
+    private func fill(
+        _ allocation: QCOW2Allocation, _ clusters: QCOW2Refcounts.Allocation, _ offset: Int,
+        _ data: IOVector, reuses: Bool
+    ) async throws(BlockError) {
+        defer { end(allocation) }
+        do throws(BlockError) {
+            try await writeData(allocation, clusters, offset, data)
+        } catch {
+            if !reuses {
+                removeClusters(
+                    clusters.offset >> geometry.clusterBits, clusters.count, discards: false)
+            }
+            throw error
+        }
+        link(allocation.slice, allocation.clusters.lowerBound, clusters)
+        allocation.isLinked = true
+    }
+
+    private func end(_ allocation: QCOW2Allocation) {
+        allocation.slice.pinCount -= 1
+        allocations.removeAll { $0 === allocation }
+        allocation.state = .ended
+        allocation.queue.wakeAll()
     }
 
     /// One past the last cluster from `first` on that has to be allocated and nobody else allocates.
@@ -129,36 +162,33 @@ extension QCOW2Driver {
     /// Writes the guest's data to new clusters, with the rest of the first and last cluster around
     /// it, in one request.
     private func writeData(
-        _ clusters: QCOW2Refcounts.Allocation, _ slice: QCOW2TableCache.Slice, _ offset: Int,
+        _ allocation: QCOW2Allocation, _ clusters: QCOW2Refcounts.Allocation, _ offset: Int,
         _ data: IOVector
     ) async throws(BlockError) {
         let bits = geometry.clusterBits
         let start = (offset >> bits) << bits
         let end = start + clusters.count << bits
         let dataEnd = offset + data.count
-        var target = clusters.offset
-        var whole = IOVector()
-        if offset > start {
-            let isZero = readsAsZeroes(slice, start)
-            if clusters.isFresh, isZero {
-                target += offset - start
-            } else {
-                whole.append(try await rest(start, offset - start, isZero: isZero))
-            }
-        }
+        let headIsZero = readsAsZeroes(allocation.slice, start)
+        let tailIsZero = dataEnd == end || readsAsZeroes(allocation.slice, dataEnd)
+        // What was never written reads as zeroes already.
+        let first = clusters.isFresh && headIsZero ? offset : start
+        let last = clusters.isFresh && tailIsZero ? dataEnd : end
+        allocation.place(
+            host: clusters.offset - start, writes: first..<last, data: offset..<dataEnd)
+        let head = try await rest(first, offset - first, isZero: headIsZero)
+        let tail = try await rest(dataEnd, last - dataEnd, isZero: tailIsZero)
+        allocation.takeMerged(head: head, tail: tail)
+        var whole = head
         whole.append(data)
-        if dataEnd < end {
-            let isZero = readsAsZeroes(slice, dataEnd)
-            if !clusters.isFresh || !isZero {
-                whole.append(try await rest(dataEnd, end - dataEnd, isZero: isZero))
-            }
-        }
-        try await file.write(target, from: whole)
+        whole.append(tail)
+        try await file.write(clusters.offset + first - start, from: whole)
     }
 
     private func rest(
         _ offset: Int, _ count: Int, isZero: Bool
     ) async throws(BlockError) -> IOVector {
+        if count == 0 { return IOVector() }
         let vector = try IOVector(allocating: count)
         if isZero { vector.fill(0) } else { try await readGuest(offset, into: vector) }
         return vector

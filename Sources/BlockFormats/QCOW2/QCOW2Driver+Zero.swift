@@ -142,19 +142,19 @@ extension QCOW2Driver {
     public func blockStatus(
         _ range: ByteRange, precise: Bool
     ) async throws(BlockError) -> BlockStatus {
+        try await blockStatus(range, of: self)
+    }
+
+    /// What the tables of `view` say.
+    func blockStatus(
+        _ range: ByteRange, of view: some QCOW2TableView
+    ) async throws(BlockError) -> BlockStatus {
         var total: Run?
         var offset = range.offset
         var slicesLeft = Self.statusSliceCountMax
         while offset < range.end, slicesLeft > 0 {
-            let next: Run
-            if let slice = try await slice(at: offset) {
-                next = run(slice, offset, range.end - offset)
-                slicesLeft -= 1
-            } else {
-                let coverage = 1 << geometry.l2CoverageBits
-                let count = min(range.end - offset, coverage - offset & (coverage - 1))
-                next = Run(kind: .unallocated, host: 0, count: count, isCopied: false)
-            }
+            let next = try await run(at: offset, limit: range.end - offset, of: view)
+            slicesLeft -= 1
             guard var whole = total else {
                 total = next
                 offset += next.count

@@ -15,6 +15,10 @@ import BlockIO
 ///            4 the copies written          5 file flushed: links and removals are durable
 ///            6 what was removed is discarded below, and its refcounts fall
 /// ```
+/// Snapshots (`QCOW2Driver+Snapshots.swift`) share clusters and L2 tables with the live disk. What is
+/// shared has a count above one and no COPIED flag: a write puts a new cluster, or a copy of the table,
+/// in its place.
+///
 /// Invariants, which make a crash at any point leak clusters at worst:
 /// 1. A count is durable before an entry that uses the cluster (2 and 3 before 4).
 /// 2. Data, copied data and the content of a new table are durable before the entry that links them:
@@ -31,6 +35,8 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     let geometry: QCOW2.Geometry
     let options: QCOW2Options
     let hasZeroFlag: Bool
+    /// Opened to be written.
+    let isWritable: Bool
 
     let l2: QCOW2TableCache
     let refcounts: QCOW2Refcounts
@@ -39,7 +45,7 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     let sliceShift: Int
 
     /// Allocating requests in flight.
-    var allocations: [Allocation] = []
+    var allocations: [QCOW2Allocation] = []
     /// L1 indices whose L2 table is being made.
     var tablesInCreation: [Int: QCOW2WaitQueue] = [:]
     var epochs = QCOW2Epochs()
@@ -58,6 +64,15 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     var commitSucceeded = 0
     var commitRunning: QCOW2WaitQueue?
 
+    /// The snapshot table.
+    var snapshots: [QCOW2.Snapshot] = []
+    /// In the file, whole clusters.
+    var snapshotTable = ByteRange(0, 0)
+    /// Readers of snapshots.
+    var snapshotUsers: [(identifier: [UInt8], name: String)] = []
+    /// The dirty bit stands for a change of references that is under way, or was not finished.
+    var changesReferences = false
+
     var decompressed = QCOW2DecompressedClusters()
     var cleaner: IOTimer?
 
@@ -66,13 +81,6 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
         var first: Int
         var count: Int
         var discards: Bool
-    }
-
-    /// Guest clusters whose entries one request is about to change.
-    final class Allocation {
-        var clusters: Range<Int>
-        let queue = QCOW2WaitQueue()
-        init(_ clusters: Range<Int>) { self.clusters = clusters }
     }
 
     init(
@@ -84,6 +92,7 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
         self.file = file
         self.image = image
         self.options = options
+        isWritable = !opening.node.isReadOnly
         geometry = image.geometry
         hasZeroFlag = image.header.version == 3
         let sliceBytes = min(options.l2SliceBytes, geometry.clusterSize)
@@ -99,10 +108,21 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
         node.limits.allocationUnit = geometry.clusterSize
     }
 
+    public var snapshotStore: (any InternalSnapshotStore)? { self }
+
     public var filename: String { file.node.driver.filename }
 
     public func access(to edge: Edge, for users: Access) -> Access {
         DefaultAccess.access(roles: edge.roles, isWritable: !node.isReadOnly, for: users)
+    }
+
+    public func checkAccess(_ access: Access) throws(BlockError) {
+        // Opened to be read, it knows no refcounts.
+        guard node.isReadOnly || isWritable else {
+            throw BlockError(
+                .unsupported, "the image was opened to be read, and cannot become writable",
+                remedy: "close it, and open it with read-only=off", node: node.name)
+        }
     }
 
     /// The file below grows when this driver grows it: the node's size does not follow.
@@ -169,9 +189,14 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     }
 
     private func sliceHost(_ offset: Int) async throws(BlockError) -> Int? {
+        try await sliceHost(offset, in: image.l1)
+    }
+
+    /// Where the slice that maps guest `offset` is in the file, by this L1 table.
+    func sliceHost(_ offset: Int, in l1: [UInt64]) async throws(BlockError) -> Int? {
         let index = offset >> geometry.l2CoverageBits
-        guard index < image.l1.count else { return nil }
-        let table = QCOW2.L1Entry(rawValue: image.l1[index]).offset
+        guard index < l1.count else { return nil }
+        let table = QCOW2.L1Entry(rawValue: l1[index]).offset
         if table == 0 { return nil }
         guard table.isAligned(to: geometry.clusterSize) else {
             throw await image.corruption("L2 table \(index) is at \(table), which is no cluster")

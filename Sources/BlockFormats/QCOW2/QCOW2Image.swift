@@ -16,6 +16,8 @@ final class QCOW2Image {
     var overlapCheck = OverlapCheck.cached
     /// Clusters of L2 tables and refcount blocks, by cluster number.
     private var tableClusters = Set<Int>()
+    /// Clusters of the snapshots' own tables.
+    var snapshotClusters = Set<Int>()
     /// Set once the image is found corrupt: nothing is written any more.
     private(set) var writeFailure: BlockError?
     /// Told once, with what was found.
@@ -104,6 +106,9 @@ final class QCOW2Image {
         var cluster = host >> geometry.clusterBits
         while cluster <= last {
             if tableClusters.contains(cluster) { return "table of the image" }
+            if !snapshotClusters.isEmpty, snapshotClusters.contains(cluster) {
+                return "table of a snapshot"
+            }
             cluster += 1
         }
         return nil

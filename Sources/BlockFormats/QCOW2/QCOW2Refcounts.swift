@@ -213,17 +213,72 @@ final class QCOW2Refcounts {
     func release(_ first: Int, _ count: Int) async throws(BlockError) {
         var cluster = first
         while cluster < first + count {
-            guard let slice = try await slice(for: cluster) else {
-                throw await image.corruption("cluster \(cluster) is in use but has no refcount")
+            let slice = try await usedSlice(for: cluster)
+            let end = min(first + count, (cluster >> sliceBits + 1) << sliceBits)
+            while cluster < end {
+                let value = get(slice, cluster)
+                guard value > 0 else { throw await unused(cluster) }
+                set(slice, cluster, value - 1)
+                if value == 1 { noteFree(cluster) }
+                cluster += 1
             }
-            let value = get(slice, cluster)
-            guard value > 0 else {
-                throw await image.corruption("cluster \(cluster) is in use but its refcount is 0")
-            }
-            set(slice, cluster, value - 1)
-            if value == 1 { noteFree(cluster) }
-            cluster += 1
         }
+    }
+
+    /// Counts one reference more to each of `count` clusters, which are in use; all of them or none.
+    ///
+    /// - Throws: `exhausted` where the width of the counts does not allow it.
+    func retain(_ first: Int, _ count: Int) async throws(BlockError) {
+        var cluster = first
+        do throws(BlockError) {
+            while cluster < first + count {
+                let slice = try await usedSlice(for: cluster)
+                let end = min(first + count, (cluster >> sliceBits + 1) << sliceBits)
+                while cluster < end {
+                    let value = get(slice, cluster)
+                    guard value > 0 else { throw await unused(cluster) }
+                    guard value < geometry.refcountMax else {
+                        throw BlockError(
+                            .exhausted,
+                            "cluster \(cluster) has \(value) references, as many as refcounts of "
+                                + "\(1 << geometry.refcountOrder) bits can count",
+                            remedy: "delete snapshots, or give the image wider refcounts")
+                    }
+                    set(slice, cluster, value + 1)
+                    cluster += 1
+                }
+            }
+        } catch {
+            // What cannot be taken back leaks.
+            try? await release(first, cluster - first)
+            throw error
+        }
+    }
+
+    /// Tells how often each of `count` clusters is used.
+    func visit(
+        _ first: Int, _ count: Int, _ body: (_ cluster: Int, _ value: UInt64) -> Void
+    ) async throws(BlockError) {
+        var cluster = first
+        while cluster < first + count {
+            let slice = try await slice(for: cluster)
+            let end = min(first + count, (cluster >> sliceBits + 1) << sliceBits)
+            while cluster < end {
+                body(cluster, slice.map { get($0, cluster) } ?? 0)
+                cluster += 1
+            }
+        }
+    }
+
+    private func usedSlice(for cluster: Int) async throws(BlockError) -> QCOW2TableCache.Slice {
+        guard let slice = try await slice(for: cluster) else {
+            throw await image.corruption("cluster \(cluster) is in use but has no refcount")
+        }
+        return slice
+    }
+
+    private func unused(_ cluster: Int) async -> BlockError {
+        await image.corruption("cluster \(cluster) is in use but its refcount is 0")
     }
 
     private func noteFree(_ cluster: Int) {

@@ -10,7 +10,7 @@ import BlockGraph
 ///
 /// The cache does not know the order in which tables reach the disk: whoever owns it does.
 final class QCOW2TableCache {
-    final class Slice {
+    final class Slice: @unchecked Sendable {
         let key: Int
         /// Where it is in the file.
         var host: Int

@@ -1,0 +1,57 @@
+import BlockCore
+import BlockIO
+
+/// Pieces of one request that run side by side, a bounded number at once. Confined to its thread.
+///
+/// The request plans its pieces one after the other and starts each; it ends when all have ended, with
+/// the first failure.
+final class QCOW2Lanes: @unchecked Sendable {
+    /// Pieces of one request that are in flight at once.
+    static let countMax = 16
+
+    private let thread: IOThread
+    private var running = 0
+    private(set) var failure: BlockError?
+    /// The request itself: nobody else waits.
+    private var sleeper: UnsafeContinuation<Void, Never>?
+
+    init(on thread: IOThread) {
+        self.thread = thread
+    }
+
+    /// Waits until another piece may start. What a piece is about is looked up after that.
+    func waitForRoom() async {
+        await wait(until: Self.countMax - 1)
+    }
+
+    /// Starts a piece; it runs up to its first wait before this returns.
+    func start(_ piece: @escaping @Sendable () async throws(BlockError) -> Void) {
+        running += 1
+        thread.spawn {
+            do throws(BlockError) {
+                try await piece()
+            } catch {
+                self.failure = self.failure ?? error
+            }
+            self.running -= 1
+            if let sleeper = self.sleeper {
+                self.sleeper = nil
+                sleeper.resume()
+            }
+        }
+    }
+
+    /// Waits for all pieces.
+    ///
+    /// - Throws: the first failure.
+    func finish() async throws(BlockError) {
+        await wait(until: 0)
+        if let failure { throw failure }
+    }
+
+    private func wait(until count: Int) async {
+        while running > count {
+            await withUnsafeContinuation { sleeper = $0 }
+        }
+    }
+}
