@@ -82,6 +82,18 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// - Parameter precise: the caller wants to know about zeroes, at the price of asking storage.
     func blockStatus(_ range: ByteRange, precise: Bool) async throws(BlockError) -> BlockStatus
 
+    /// Where the storage below holds `range`, byte for byte; for copies that read nothing.
+    ///
+    /// - Throws: `unsupported`, the default.
+    func locate(_ range: ByteRange) throws(BlockError) -> StoredRange
+
+    /// Copies stored bytes to `offset` without reading them.
+    ///
+    /// - Throws: `unsupported`, the default: the caller reads and writes then.
+    func copyRange(
+        from stored: StoredRange, to offset: Int, _ method: CopyMethod
+    ) async throws(BlockError)
+
     /// Changes the size. Bytes that appear read as zeroes.
     func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError)
 
@@ -132,6 +144,14 @@ public protocol BlockDriver: AnyObject, Sendable {
 }
 
 extension BlockDriver {
+    public func locate(_ range: ByteRange) throws(BlockError) -> StoredRange {
+        throw BlockError(.unsupported, "the driver's bytes have no place of their own")
+    }
+    public func copyRange(
+        from stored: StoredRange, to offset: Int, _ method: CopyMethod
+    ) async throws(BlockError) {
+        throw BlockError(.unsupported, "the driver cannot copy within its storage")
+    }
     public var snapshotSource: (any SnapshotSource)? { nil }
     public var snapshotStore: (any InternalSnapshotStore)? { nil }
     public var supportsFUA: Bool { false }

@@ -98,7 +98,7 @@ extension BlockNode {
     /// A change that failed may have happened in part: who records changes counts it as one. And the
     /// system tells of a failed write-back once: when a durable write is told, later flushes must tell
     /// it too.
-    private func failed(_ range: ByteRange, _ flags: WriteFlags, _ error: BlockError) {
+    func failed(_ range: ByteRange, _ flags: WriteFlags, _ error: BlockError) {
         for observer in writeObservers { observer.changed(range) }
         if flags.contains(.fua), driver.supportsFUA, error.code == .inputOutput {
             rememberFlushFailure(error)
@@ -114,7 +114,7 @@ extension BlockNode {
     }
 
     @inline(__always)
-    private func written(_ range: ByteRange) {
+    func written(_ range: ByteRange) {
         if range.end > highestWrittenOffset { highestWrittenOffset = range.end }
         if !writeObservers.isEmpty {
             for observer in writeObservers { observer.changed(range) }

@@ -163,7 +163,7 @@ extension Edge {
     // MARK: Checks and counts
 
     @inline(__always)
-    private func check(
+    func check(
         _ offset: Int, _ count: Int, of node: BlockNode, uses: Permission
     ) throws(BlockError) {
         guard offset >= 0, count >= 0, count <= node.size, offset <= node.size &- count else {
@@ -173,7 +173,7 @@ extension Edge {
     }
 
     @inline(__always)
-    private func checkWrite(
+    func checkWrite(
         _ offset: Int, _ count: Int, of node: BlockNode, _ flags: WriteFlags
     ) throws(BlockError) {
         let uses: Permission = flags.contains(.unchanged) ? .writeUnchanged : .write
@@ -197,7 +197,7 @@ extension Edge {
             node: node.name)
     }
 
-    private func counted(
+    func counted(
         _ kind: RequestKind, _ bytes: Int,
         _ body: (BlockNode) async throws(BlockError) -> Void
     ) async throws(BlockError) {

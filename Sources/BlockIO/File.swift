@@ -23,6 +23,8 @@ public final class File: @unchecked Sendable {
     private var writes = ImmediatePolicy()
     private var isClosed = false
 
+    /// Transfers of this many bytes are copied on another processor: this thread goes on meanwhile.
+    private static let asideBytesMin = 512 << 10
     /// A buffered write that takes longer than this waits for the disk: the thread must not.
     private static let slowWriteNanoseconds: UInt64 = 2_000_000
 
@@ -60,7 +62,8 @@ public final class File: @unchecked Sendable {
     /// - Returns: bytes read; less than `vector.count` only at the end of the file.
     public func read(_ vector: IOVector, at offset: Int) async throws(BlockError) -> Int {
         var done = 0
-        if !isDirect, reads.mayTry {
+        let goesAside = !isDirect && vector.count >= Self.asideBytesMin
+        if !isDirect, !goesAside, reads.mayTry {
             let result = thread.engine.readNow(handle, vector, offset: offset)
             reads.note(succeeded: result == vector.count)
             if let result {
@@ -71,7 +74,9 @@ public final class File: @unchecked Sendable {
         }
         while done < vector.count {
             let rest = done == 0 ? vector : vector.slice(done, vector.count - done)
-            let result = await thread.perform(.read(handle, rest, offset: offset + done))
+            let operation = IOOperation.read(handle, rest, offset: offset + done)
+            let result =
+                goesAside ? await thread.performAside(operation) : await thread.perform(operation)
             if result == 0 { break }
             if result == -Int(EINTR) || result == -Int(EAGAIN) { continue }
             if result < 0 { throw failure("read", offset + done, result) }
@@ -85,7 +90,8 @@ public final class File: @unchecked Sendable {
         _ vector: IOVector, at offset: Int, durable: Bool = false
     ) async throws(BlockError) {
         var done = 0
-        if !isDirect, !durable, writes.mayTry {
+        let goesAside = !isDirect && vector.count >= Self.asideBytesMin
+        if !isDirect, !durable, !goesAside, writes.mayTry {
             let start = thread.now
             if let result = thread.engine.writeNow(handle, vector, offset: offset) {
                 writes.note(succeeded: thread.now &- start < Self.slowWriteNanoseconds)
@@ -95,8 +101,10 @@ public final class File: @unchecked Sendable {
         }
         while done < vector.count {
             let rest = done == 0 ? vector : vector.slice(done, vector.count - done)
-            let result = await thread.perform(
-                .write(handle, rest, offset: offset + done, durable: durable))
+            let operation = IOOperation.write(
+                handle, rest, offset: offset + done, durable: durable)
+            let result =
+                goesAside ? await thread.performAside(operation) : await thread.perform(operation)
             if result == -Int(EINTR) || result == -Int(EAGAIN) { continue }
             if result < 0 { throw failure("write", offset + done, result) }
             guard result > 0 else {
@@ -127,6 +135,37 @@ public final class File: @unchecked Sendable {
             let result = await thread.perform(.allocate(handle, mode, range))
             if result >= 0 { return }
             if result != -Int(EINTR) { throw failure("\(mode)", range.offset, result) }
+        }
+    }
+
+    /// Copies `range` of `source` to `offset` without reading it into memory.
+    ///
+    /// - Parameter sharing: only where the two files then share their blocks.
+    /// - Throws: `unsupported` where the file systems cannot do it; nothing was copied then.
+    public func copy(
+        from source: File, _ range: ByteRange, to offset: Int, sharing: Bool
+    ) async throws(BlockError) {
+        let (system, from, to) = (thread.system, source.handle, handle)
+        let (sourcePath, path) = (source.path, path)
+        try await thread.offload { () throws(BlockError) in
+            var done = 0
+            while done < range.count {
+                let rest = ByteRange(range.offset + done, range.count - done)
+                let count: Int
+                do throws(BlockError) {
+                    count = try system.copyRange(
+                        from: from, rest, to: to, at: offset + done, sharing: sharing)
+                } catch {
+                    throw error.doing("copying '\(sourcePath)' to '\(path)'")
+                }
+                guard count > 0 else {
+                    throw BlockError(
+                        .inputOutput,
+                        "'\(sourcePath)' ends at \(rest.offset), before its known end",
+                        remedy: "something else truncated it")
+                }
+                done += count
+            }
         }
     }
 

@@ -67,6 +67,10 @@ public protocol IOEngine: AnyObject {
     /// Starts `operation`. It may be held until the next ``poll(deadline:complete:)``.
     func submit(_ operation: IOOperation, _ token: IOToken)
 
+    /// ``submit(_:_:)`` for a long transfer through the page cache: the copying is done on another
+    /// processor where the engine can, so that several run at the same time.
+    func submitAside(_ operation: IOOperation, _ token: IOToken)
+
     /// Makes every operation on `handle` complete soon, with `-ECANCELED` where it had no effect yet.
     func cancelAll(on handle: IOHandle)
 
@@ -94,6 +98,9 @@ public protocol IOEngine: AnyObject {
 }
 
 extension IOEngine {
+    public func submitAside(_ operation: IOOperation, _ token: IOToken) {
+        submit(operation, token)
+    }
     public func readNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? { nil }
     public func writeNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? { nil }
     public func receiveNow(_ handle: IOHandle, _ vector: IOVector) -> Int? { nil }

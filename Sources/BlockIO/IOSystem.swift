@@ -71,6 +71,17 @@ public protocol IOSystem: Sendable {
     func nextData(in handle: IOHandle, from offset: Int) throws(BlockError) -> Int?
     /// The first hole at or after `offset`; the end of the file is one.
     func nextHole(in handle: IOHandle, from offset: Int) throws(BlockError) -> Int
+    /// Copies bytes between files without bringing them to the process; with `sharing` only where
+    /// the two then share their blocks.
+    ///
+    /// - Returns: bytes copied, at least 1; 0 where the source ends.
+    /// - Throws: `unsupported` where the file systems cannot do it for this range.
+    func copyRange(
+        from source: IOHandle, _ range: ByteRange, to target: IOHandle, at offset: Int,
+        sharing: Bool
+    ) throws(BlockError) -> Int
+    /// The page cache need not keep a range: it was read, or written, and is not wanted again.
+    func dropCache(of handle: IOHandle, _ range: ByteRange, written: Bool)
     func remove(_ path: String) throws(BlockError)
     /// Makes the entries of a directory durable: after creating or renaming a file in it.
     func synchronizeDirectory(_ path: String) throws(BlockError)
@@ -103,6 +114,15 @@ public protocol IOSystem: Sendable {
 }
 
 extension IOSystem {
+    public func copyRange(
+        from source: IOHandle, _ range: ByteRange, to target: IOHandle, at offset: Int,
+        sharing: Bool
+    ) throws(BlockError) -> Int {
+        throw BlockError(.unsupported, "the system copies nothing by itself")
+    }
+
+    public func dropCache(of handle: IOHandle, _ range: ByteRange, written: Bool) {}
+
     /// A system without half-closed sockets ends both directions.
     public func shutdownReceiving(_ handle: IOHandle) { shutdown(handle) }
 }

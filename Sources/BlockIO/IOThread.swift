@@ -178,6 +178,14 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
         }
     }
 
+    /// ``perform(_:)`` for a long transfer through the page cache: on another processor.
+    func performAside(_ operation: IOOperation) async -> Int {
+        await withUnsafeContinuation { continuation in
+            let token = pending.insert(continuation, operation)
+            engine.submitAside(operation, token)
+        }
+    }
+
     /// Runs blocking or CPU-heavy `work` on a worker thread and comes back with its result.
     public func offload<T: Sendable>(_ work: @escaping @Sendable () -> T) async -> T {
         if !engine.offloadsWork { return work() }

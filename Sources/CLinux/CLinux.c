@@ -3,11 +3,13 @@
 
 #if defined(__linux__)
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <link.h>
 #include <pthread.h>
 #include <string.h>
 #include <signal.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
@@ -28,6 +30,24 @@ ssize_t linux_write_durable_at(int fd, const struct iovec *vectors, int count, o
 
 int linux_fallocate(int fd, int mode, off_t offset, off_t count) {
     return fallocate(fd, mode, offset, count);
+}
+
+ssize_t linux_copy_range(int from, off_t offset, int to, off_t target, size_t count) {
+    return copy_file_range(from, &offset, to, &target, count, 0);
+}
+
+int linux_clone_range(int to, off_t target, int from, off_t offset, off_t count) {
+    struct file_clone_range range = {
+        .src_fd = from, .src_offset = (uint64_t)offset, .src_length = (uint64_t)count,
+        .dest_offset = (uint64_t)target,
+    };
+    return ioctl(to, FICLONERANGE, &range);
+}
+
+void linux_write_back(int fd, off_t offset, off_t count) {
+    sync_file_range(
+        fd, offset, count,
+        SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
 }
 
 int linux_accept(int fd) {

@@ -19,4 +19,27 @@ public enum ZeroDetection {
         }
         return true
     }
+
+    /// How far bytes from `start` on are alike: units that are all zero, or units that are not.
+    ///
+    /// - Parameters:
+    ///   - unit: zeroes count in whole units of so many bytes; the last unit may be shorter.
+    ///   - phase: where in a unit the first of `bytes` lies.
+    /// - Returns: what the run is, and where it ends: at most `bytes.count`.
+    public static func run(
+        in bytes: UnsafeRawBufferPointer, from start: Int, unit: Int, phase: Int = 0
+    ) -> (isZero: Bool, end: Int) {
+        precondition(start >= 0 && start < bytes.count && unit > 0 && phase >= 0)
+        func unitEnd(_ offset: Int) -> Int {
+            min(bytes.count, offset + unit - (offset + phase) % unit)
+        }
+        var end = unitEnd(start)
+        let isZero = isZero(UnsafeRawBufferPointer(rebasing: bytes[start..<end]))
+        while end < bytes.count {
+            let next = unitEnd(end)
+            if Self.isZero(UnsafeRawBufferPointer(rebasing: bytes[end..<next])) != isZero { break }
+            end = next
+        }
+        return (isZero, end)
+    }
 }

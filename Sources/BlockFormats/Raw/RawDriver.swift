@@ -88,6 +88,19 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
         try await file.discard(ByteRange(offset + range.offset, range.count))
     }
 
+    public func locate(_ range: ByteRange) throws(BlockError) -> StoredRange {
+        try file.locate(ByteRange(offset + range.offset, range.count))
+    }
+
+    public func copyRange(
+        from stored: StoredRange, to offset: Int, _ method: CopyMethod
+    ) async throws(BlockError) {
+        if header != nil, offset < HeaderGuard.byteCount {
+            throw BlockError(.unsupported, "the beginning of a raw image is looked at first")
+        }
+        try await file.copyRange(from: stored, to: self.offset + offset, method)
+    }
+
     public func flush() async throws(BlockError) {
         try await file.flush()
     }

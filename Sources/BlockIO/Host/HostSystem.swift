@@ -89,6 +89,42 @@ struct HostSystem: IOSystem {
         throw .system("cannot look for a hole at \(offset)", errno)
     }
 
+    func copyRange(
+        from source: IOHandle, _ range: ByteRange, to target: IOHandle, at offset: Int,
+        sharing: Bool
+    ) throws(BlockError) -> Int {
+        #if os(Linux)
+        let result = HostCalls.uninterrupted {
+            if sharing {
+                let result = linux_clone_range(
+                    target.rawValue, off_t(offset), source.rawValue, off_t(range.offset),
+                    off_t(range.count))
+                return result == 0 ? range.count : -1
+            }
+            return linux_copy_range(
+                source.rawValue, off_t(range.offset), target.rawValue, off_t(offset), range.count)
+        }
+        if result >= 0 { return result }
+        switch Int32(-result) {
+        case EXDEV, EINVAL, EOPNOTSUPP, ENOSYS, ENOTTY, EBADF, ETXTBSY, EPERM:
+            throw BlockError(.unsupported, "the file systems do not copy that by themselves")
+        default:
+            throw .system("cannot copy at offset \(range.offset)", Int32(-result))
+        }
+        #else
+        throw BlockError(.unsupported, "the system copies nothing by itself")
+        #endif
+    }
+
+    func dropCache(of handle: IOHandle, _ range: ByteRange, written: Bool) {
+        #if os(Linux)
+        // Pages that are not on the disk yet stay: they go there first.
+        if written { linux_write_back(handle.rawValue, off_t(range.offset), off_t(range.count)) }
+        _ = posix_fadvise(
+            handle.rawValue, off_t(range.offset), off_t(range.count), POSIX_FADV_DONTNEED)
+        #endif
+    }
+
     func remove(_ path: String) throws(BlockError) {
         guard unlink(path) == 0 else { throw .system("cannot remove '\(path)'", errno) }
     }

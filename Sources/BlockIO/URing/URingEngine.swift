@@ -87,6 +87,19 @@ final class URingEngine: IOEngine {
 
     func submit(_ operation: IOOperation, _ token: IOToken) {
         let entry = nextEntry()
+        prepare(entry, operation, token)
+    }
+
+    func submitAside(_ operation: IOOperation, _ token: IOToken) {
+        let entry = nextEntry()
+        prepare(entry, operation, token)
+        // Else the kernel would try it on this thread, within the submission.
+        io_uring_sqe_set_flags(entry, UInt32(1 << IOSQE_ASYNC_BIT))
+    }
+
+    private func prepare(
+        _ entry: UnsafeMutablePointer<io_uring_sqe>, _ operation: IOOperation, _ token: IOToken
+    ) {
         switch operation {
         case .read(let handle, let vector, let offset):
             if let slice = vector.single {

@@ -166,6 +166,22 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         }
     }
 
+    public func locate(_ range: ByteRange) throws(BlockError) -> StoredRange {
+        StoredRange(node, range)
+    }
+
+    public func copyRange(
+        from stored: StoredRange, to offset: Int, _ method: CopyMethod
+    ) async throws(BlockError) {
+        guard let source = stored.node.driver as? FileDriver, source !== self, !isDevice,
+            !source.isDevice
+        else {
+            throw BlockError(.unsupported, "no copy within the storage")
+        }
+        try await file.copy(
+            from: source.file, stored.range, to: offset, sharing: method == .share)
+    }
+
     public func flush() async throws(BlockError) {
         let withSize = sizeChanged
         try await file.synchronize(dataOnly: !withSize)
