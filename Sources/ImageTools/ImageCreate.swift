@@ -14,6 +14,8 @@ public struct ImageCreate: Sendable {
     public var backingFormat: String?
     /// Take the backing image's name as it is, without opening it (`-u`).
     public var trustsBacking = false
+    /// What errors call the image, where that is not its path.
+    var shownName: String?
 
     public init(_ name: String) {
         self.name = name
@@ -54,7 +56,7 @@ public struct ImageCreate: Sendable {
         do throws(BlockError) {
             try await make(in: session, announce)
         } catch {
-            throw error.doing("cannot create '\(name)'")
+            throw error.doing("cannot create '\(shownName ?? name)'")
         }
     }
 
@@ -94,7 +96,8 @@ public struct ImageCreate: Sendable {
         return create
     }
 
-    private func readOptions() throws(BlockError) -> [String: String] {
+    /// The options by name, each in its plainest form.
+    func readOptions() throws(BlockError) -> [String: String] {
         let known = CreationOption.options(of: format)
         var result: [String: String] = [:]
         for text in options {

@@ -1,0 +1,265 @@
+import BlockCore
+import BlockGraph
+import QMP
+
+/// `convert`: copies one image, or several one after the other, into a new image or an existing one.
+public struct ImageConvert: Sendable {
+    public var sources: [ImageSource] = []
+    public var target = ""
+    public var targetFormat = "raw"
+    /// The target is given as node options (`--target-image-opts`).
+    public var targetIsOptions = false
+    public var targetCache = CacheMode.unsafe
+    /// `key=value,…`, each as often as the option was given.
+    public var options: [String] = []
+    public var backing: String?
+    public var backingFormat: String?
+    /// Make the target; else it is there already (`-n`).
+    public var creates = true
+    public var targetIsZero = false
+    public var compresses = false
+    /// Zeroes of at least this many bytes are not stored; 0: everything is.
+    public var sparseBytes: Int?
+    public var workerCount = 8
+    public var outOfOrder = false
+    /// Bytes a second; 0 for no limit.
+    public var rate = 0
+    /// Have the storage copy (`-C`).
+    public var offloads = false
+    public var salvages = false
+    public var copiesBitmaps = false
+    public var skipsBrokenBitmaps = false
+    public var snapshot: String?
+    /// Told of what was lost in salvaging.
+    public var warn: @Sendable (String) -> Void = { _ in }
+
+    static let sparseBytesDefault = 4096
+    static let sparseBytesMax = 16 << 20
+    static let workerCountMax = 16
+
+    public init() {}
+
+    /// What there is for `-o`.
+    public func help() throws(BlockError) -> String {
+        try creation(at: target).help()
+    }
+
+    /// Whether `-o help` was asked for.
+    public var wantsHelp: Bool { creation(at: target).wantsHelp }
+
+    private func creation(at path: String) -> ImageCreate {
+        var create = ImageCreate(path)
+        create.shownName = target
+        create.format = targetFormat
+        create.options = options
+        create.backing = backing
+        create.backingFormat = backingFormat
+        return create
+    }
+
+    // MARK: Checks
+
+    /// - Throws: `invalidArgument` for options that exclude each other.
+    public func check() throws(BlockError) {
+        try checkTarget()
+        try checkCopying()
+        guard sources.count == 1 || backing == nil else {
+            throw BlockError(
+                .invalidArgument,
+                "a backing image makes no sense for a target that several sources are joined in")
+        }
+        guard sources.count == 1 || snapshot == nil, sources.count == 1 || !copiesBitmaps else {
+            throw BlockError(
+                .invalidArgument, "snapshots and bitmaps cannot be taken from several sources")
+        }
+    }
+
+    private func checkTarget() throws(BlockError) {
+        guard creates || options.isEmpty else {
+            throw BlockError(.invalidArgument, "-o has no effect without making the target (-n)")
+        }
+        guard !creates || !targetIsZero else {
+            throw BlockError(.invalidArgument, "--target-is-zero needs -n")
+        }
+        guard !creates || !targetIsOptions else {
+            throw BlockError(.invalidArgument, "--target-image-opts needs -n")
+        }
+        guard !targetIsZero || backing == nil else {
+            throw BlockError(
+                .invalidArgument, "--target-is-zero and a backing image exclude each other")
+        }
+        guard backing == nil || backingFormat != nil || !creates else {
+            throw BlockError(
+                .invalidArgument, "a backing image needs its format", remedy: "give it with -F")
+        }
+        guard backing != nil || backingFormat == nil else {
+            throw BlockError(
+                .invalidArgument, "-F needs a backing image", remedy: "give it with -B")
+        }
+    }
+
+    private func checkCopying() throws(BlockError) {
+        guard workerCount >= 1, workerCount <= Self.workerCountMax else {
+            throw BlockError(
+                .invalidArgument,
+                "the number of parallel workers is 1 to \(Self.workerCountMax), not \(workerCount)")
+        }
+        if let sparseBytes {
+            guard sparseBytes % 512 == 0, sparseBytes <= Self.sparseBytesMax else {
+                throw BlockError(
+                    .invalidArgument,
+                    "a sparse size is a multiple of 512 up to \(Self.sparseBytesMax), not "
+                        + "\(sparseBytes)", remedy: "0 allocates the target fully")
+            }
+        }
+        guard !skipsBrokenBitmaps || copiesBitmaps else {
+            throw BlockError(.invalidArgument, "--skip-broken-bitmaps needs --bitmaps")
+        }
+        if offloads {
+            for (isGiven, what) in [
+                (sparseBytes != nil, "-S"), (compresses, "-c"), (salvages, "--salvage"),
+            ] where isGiven {
+                throw BlockError(
+                    .invalidArgument,
+                    "-C and \(what) exclude each other: what the storage copies is "
+                        + "not looked at")
+            }
+        }
+    }
+
+    private func refuseMissing() throws(BlockError) {
+        if compresses { throw BlockError(.unsupported, "-c is not supported") }
+        if snapshot != nil { throw BlockError(.unsupported, "-l is not supported") }
+        if copiesBitmaps { throw BlockError(.unsupported, "--bitmaps is not supported") }
+    }
+
+    // MARK: Run
+
+    /// Converts.
+    ///
+    /// - Parameters:
+    ///   - unfinished: has the file that is to be removed when a signal ends the work.
+    /// - Throws: with a target that was being made removed.
+    public func run(
+        in session: ToolSession, progress: Progress, unfinished: UnfinishedFile
+    ) async throws(BlockError) {
+        try check()
+        try refuseMissing()
+        do throws(BlockError) {
+            let users = try await openSources(in: session)
+            let source = try CopySource(users, layers: backing == nil ? nil : 1)
+            try await convert(source, in: session, progress, unfinished)
+            for user in users { try await session.graph.detach(user) }
+        } catch {
+            unfinished.discard()
+            throw error
+        }
+    }
+
+    private func openSources(in session: ToolSession) async throws(BlockError) -> [Edge] {
+        var users: [Edge] = []
+        for source in sources {
+            // Nobody else may change it meanwhile.
+            users.append(
+                try await session.use(
+                    source, as: "conversion of '\(source.name)'",
+                    Access(
+                        uses: .consistentRead,
+                        shares: source.sharesAll ? .all : [.consistentRead, .writeUnchanged])))
+        }
+        return users
+    }
+
+    private func convert(
+        _ source: CopySource, in session: ToolSession, _ progress: Progress,
+        _ unfinished: UnfinishedFile
+    ) async throws(BlockError) {
+        let guardian = creates ? try await holdOld(in: session) : nil
+        var path = target
+        if creates {
+            path = try unfinished.begin(target)
+            try await create(path, source.size, in: session)
+        }
+        let user = try await openTarget(path, in: session)
+        guard user.size >= source.size else {
+            throw BlockError(
+                .invalidArgument,
+                "the target '\(target)' has \(user.size) bytes, the source \(source.size)",
+                remedy: "make it larger first")
+        }
+        try await copy(source, to: user, progress)
+        try await user.flush()
+        try await session.graph.detach(user)
+        if let guardian { try await session.graph.detach(guardian) }
+        try unfinished.commit(to: target, durably: !targetCache.ignoresFlush)
+    }
+
+    /// Keeps an existing target from others, and finds out whether it is a source or in use, before
+    /// anything takes its place.
+    private func holdOld(in session: ToolSession) async throws(BlockError) -> Edge? {
+        var old = ImageSource(target, format: "raw")
+        old.isWritable = true
+        guard !ImageName.hasProtocol(target) || target.hasPrefix("file:") else { return nil }
+        do throws(BlockError) {
+            return try await session.use(
+                old, as: "image creation", Access(uses: [.write, .resize], shares: []))
+        } catch  where error.code == .notFound {
+            return nil
+        }
+    }
+
+    private func create(
+        _ path: String, _ size: Int, in session: ToolSession
+    ) async throws(BlockError) {
+        var create = creation(at: path)
+        // A size that was given stands: the target may be larger.
+        if try create.readOptions()["size"] == nil { create.size = size }
+        try await create.run(in: session) { _ in }
+    }
+
+    private func openTarget(_ path: String, in session: ToolSession) async throws(BlockError)
+        -> Edge
+    {
+        var target = ImageSource(
+            path, format: targetIsOptions ? nil : targetFormat, isOptions: targetIsOptions)
+        target.isWritable = true
+        target.cache = targetCache
+        target.discards = true
+        let user = try await session.use(
+            target, as: "conversion",
+            Access(uses: [.consistentRead, .write, .resize], shares: [.consistentRead]))
+        user.isWriteThrough = targetCache.isWriteThrough
+        return user
+    }
+
+    private func copy(
+        _ source: CopySource, to user: Edge, _ progress: Progress
+    ) async throws(BlockError) {
+        var settings = ImageCopier.Settings()
+        settings.workerCount = workerCount
+        settings.outOfOrder = outOfOrder
+        settings.rate = rate
+        settings.salvages = salvages
+        settings.warn = warn
+        // Sharing blocks is always better than copying them; copies that nobody looks at for zeroes are
+        // made on demand only.
+        if offloads {
+            settings.offload = .copy
+        } else if sparseBytes != 0, !salvages {
+            settings.offload = .share
+        }
+        let isZero = try await isZero(user)
+        let target = CopyTarget(
+            user, isZero: isZero, sparseBytes: sparseBytes ?? Self.sparseBytesDefault)
+        progress.begin(source.size)
+        try await ImageCopier(from: source, to: target, settings, progress).run()
+        progress.finish()
+    }
+
+    /// Whether zeroes need not be written.
+    private func isZero(_ user: Edge) async throws(BlockError) -> Bool {
+        if targetIsZero { return true }
+        if user.node.layerCount > 1 { return false }
+        return try await user.isKnownZero()
+    }
+}
