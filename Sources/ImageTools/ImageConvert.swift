@@ -63,6 +63,11 @@ public struct ImageConvert: Sendable {
     public func check() throws(BlockError) {
         try checkTarget()
         try checkCopying()
+        if compresses,
+            options.contains(where: { $0.contains("preallocation=") && !$0.contains("=off") })
+        {
+            throw BlockError(.invalidArgument, "-c and preallocation exclude each other")
+        }
         guard sources.count == 1 || backing == nil else {
             throw BlockError(
                 .invalidArgument,
@@ -128,7 +133,6 @@ public struct ImageConvert: Sendable {
     }
 
     private func refuseMissing() throws(BlockError) {
-        if compresses { throw BlockError(.unsupported, "-c is not supported") }
         if snapshot != nil { throw BlockError(.unsupported, "-l is not supported") }
         if copiesBitmaps { throw BlockError(.unsupported, "--bitmaps is not supported") }
     }
@@ -248,12 +252,37 @@ public struct ImageConvert: Sendable {
         } else if sparseBytes != 0, !salvages {
             settings.offload = .share
         }
-        let isZero = try await isZero(user)
-        let target = CopyTarget(
-            user, isZero: isZero, sparseBytes: sparseBytes ?? Self.sparseBytesDefault)
+        let target: CopyTarget
+        if compresses {
+            target = try await compressing(user, &settings)
+        } else {
+            target = CopyTarget(
+                user, isZero: try await isZero(user),
+                sparseBytes: sparseBytes ?? Self.sparseBytesDefault)
+        }
         progress.begin(source.size)
         try await ImageCopier(from: source, to: target, settings, progress).run()
         progress.finish()
+    }
+
+    /// Clusters are compressed whole: items hold whole ones, and a cluster is zeroes or is not.
+    private func compressing(
+        _ user: Edge, _ settings: inout ImageCopier.Settings
+    ) async throws(BlockError) -> CopyTarget {
+        let cluster = user.node.limits.allocationUnit
+        guard user.node.driver.supportsCompressedWrites, cluster.isPowerOfTwo,
+            cluster <= ImageCopier.itemBytesMax
+        else {
+            throw BlockError(
+                .unsupported,
+                "images of format '\(user.node.description.name)' are not compressed",
+                remedy: "use -O qcow2")
+        }
+        settings.unit = cluster
+        settings.offload = nil
+        return CopyTarget(
+            user, isZero: try await isZero(user), sparseBytes: sparseBytes == 0 ? 0 : cluster,
+            .compressed)
     }
 
     /// Whether zeroes need not be written.

@@ -8,13 +8,16 @@ final class CopyTarget: @unchecked Sendable {
     let isZero: Bool
     /// Runs of zeroes of this many bytes in data become holes; 0: all is written as data.
     let sparseBytes: Int
+    /// How data is written.
+    private let flags: WriteFlags
     /// Zeroes on a target that had other data go in pieces of this.
     private static let zeroBytesMax = 1 << 30
-    private static let fillBytes = 1 << 20
+    private static let fillBytes = 2 << 20
     private var zeroes: IOVector?
 
-    init(_ edge: Edge, isZero: Bool, sparseBytes: Int) {
+    init(_ edge: Edge, isZero: Bool, sparseBytes: Int, _ flags: WriteFlags = []) {
         self.edge = edge
+        self.flags = flags
         self.isZero = isZero
         self.sparseBytes = sparseBytes
     }
@@ -22,7 +25,7 @@ final class CopyTarget: @unchecked Sendable {
     /// Writes data, leaving out what is zeroes.
     func write(_ range: ByteRange, from vector: IOVector) async throws(BlockError) {
         guard sparseBytes > 0, let slice = vector.single else {
-            try await edge.write(range.offset, from: vector)
+            try await edge.write(range.offset, from: vector, flags)
             return
         }
         let phase = range.offset % sparseBytes
@@ -35,7 +38,7 @@ final class CopyTarget: @unchecked Sendable {
             if run.isZero {
                 try await zero(part)
             } else {
-                try await edge.write(part.offset, from: vector.slice(done, part.count))
+                try await edge.write(part.offset, from: vector.slice(done, part.count), flags)
             }
             done = run.end
         }
@@ -66,7 +69,7 @@ final class CopyTarget: @unchecked Sendable {
         var offset = range.offset
         while offset < range.end {
             let count = min(range.end - offset, buffer.count)
-            try await edge.write(offset, from: buffer.slice(0, count))
+            try await edge.write(offset, from: buffer.slice(0, count), flags)
             offset += count
         }
     }
