@@ -9,7 +9,7 @@ import ArgumentParser
         subcommands: [
             DaemonCommand.self, ServeCommand.self, FleeceCommand.self, CreateCommand.self,
             InfoCommand.self,
-            MapCommand.self, ConvertCommand.self,
+            MapCommand.self, ConvertCommand.self, CompareCommand.self,
             IOCommand.self,
         ])
 
