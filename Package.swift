@@ -39,11 +39,15 @@ let package = Package(
         // GnuTLS, loaded when TLS is first used.
         .target(name: "CGnuTLS"),
 
+        // OpenSSL's libcrypto, loaded when encryption is first used.
+        .target(name: "CLibcrypto"),
+
         // Pure: no I/O, no Foundation.
         box("BlockCore"),
         box("QMP", ["BlockCore"]),
         box("NBDProtocol", ["BlockCore"]),
         box("BlockTLS", ["BlockCore", "CGnuTLS"]),
+        box("BlockCrypto", ["BlockCore", "CLibcrypto"]),
 
         // The engine.
         box(
@@ -55,7 +59,7 @@ let package = Package(
             ]),
         box("BlockGraph", ["BlockIO", "QMP"]),
         box("BlockProtocols", ["BlockGraph"]),
-        box("BlockFormats", ["BlockGraph", "CZlib", "CZstd"]),
+        box("BlockFormats", ["BlockGraph", "BlockCrypto", "CZlib", "CZstd"]),
         box("BlockFilters", ["BlockGraph"]),
         box("BlockExports", ["BlockGraph", "NBDProtocol", "BlockTLS"]),
         // Models look at every byte of every request: unoptimised that takes minutes.
@@ -91,6 +95,7 @@ let package = Package(
         tests("BlockFilters", ["BlockProtocols", "BlockFormats", "BlockTesting"]),
         tests("BlockFormats", ["BlockProtocols", "BlockTesting"]),
         tests("BlockTLS"),
+        tests("BlockCrypto"),
         tests("StorageDaemon"),
         tests("BlockExports", ["BlockProtocols", "BlockFormats", "BlockTesting"]),
         tests("ImageTools"),

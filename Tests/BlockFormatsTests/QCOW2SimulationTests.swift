@@ -19,17 +19,19 @@ import Testing
 
     static func create(
         _ simulation: Simulation, clusterSize: Int, isLazy: Bool, size: Int = size,
-        version: String = "v3"
+        version: String = "v3", more: JSONObject = [:]
     ) async throws {
         simulation.disk.addFile("/disk", size: 0)
         try await simulation.run { thread throws(BlockError) in
             let graph = BlockGraph(on: thread, registry: registry)
-            let options: JSONValue = [
+            var options: JSONObject = [
                 "size": .integer(size), "cluster-size": .integer(clusterSize),
                 "lazy-refcounts": .bool(isLazy), "version": .string(version),
                 "file": ["driver": "file", "filename": "/disk", "locking": "off"],
             ]
-            let creation = ImageCreation(graph, options: try OptionReader(options, of: "creation"))
+            for (key, value) in more.members { options[key] = value }
+            let creation = ImageCreation(
+                graph, options: try OptionReader(.object(options), of: "creation"))
             guard let create = try registry.driver(named: "qcow2").create else { return }
             try await create(creation)
             try await creation.finish()

@@ -169,6 +169,8 @@ extension QCOW2Driver {
 
     /// Gives space back below, of clusters that nothing refers to any more.
     func discardBelow(_ removal: Removal) async throws(BlockError) {
+        // A count of one, below, is the removed reference: nobody may add another meanwhile.
+        refcounts.closeOpenCluster(in: removal.first, removal.count)
         var cluster = removal.first
         let end = removal.first + removal.count
         while cluster < end {

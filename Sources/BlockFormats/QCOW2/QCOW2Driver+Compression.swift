@@ -18,6 +18,8 @@ struct QCOW2DecompressedClusters {
         clusters.append((entry, data))
     }
 
+    mutating func remove(_ entry: UInt64) { clusters.removeAll { $0.entry == entry } }
+
     /// The space may be used for something else from now on.
     mutating func removeAll() { clusters = [] }
 }

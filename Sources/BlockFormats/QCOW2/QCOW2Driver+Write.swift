@@ -5,6 +5,10 @@ extension QCOW2Driver {
     public func write(
         _ offset: Int, from vector: IOVector, _ flags: WriteFlags
     ) async throws(BlockError) {
+        if flags.contains(.compressed) {
+            try await writeCompressed(offset, vector)
+            return
+        }
         // The common case: the clusters are there, one after the other, and are this image's alone.
         if let slice = l2.lookup(offset >> sliceShift) {
             let run = run(slice, offset, vector.count)
@@ -135,7 +139,7 @@ extension QCOW2Driver {
         allocation.isLinked = true
     }
 
-    private func end(_ allocation: QCOW2Allocation) {
+    func end(_ allocation: QCOW2Allocation) {
         allocation.slice.pinCount -= 1
         allocations.removeAll { $0 === allocation }
         allocation.state = .ended

@@ -28,7 +28,7 @@ final class QCOW2Refcounts {
     static let freedRunCountMax = 65_536
 
     private let image: QCOW2Image
-    private let geometry: QCOW2.Geometry
+    let geometry: QCOW2.Geometry
     private let cache: QCOW2TableCache
     /// Refcounts of a slice: log2.
     private let sliceBits: Int
@@ -42,6 +42,9 @@ final class QCOW2Refcounts {
     private var highest = 0
     private var extending: QCOW2WaitQueue?
     private var writing: QCOW2WaitQueue?
+    /// Of compressed clusters; see `QCOW2Refcounts+Packing.swift`.
+    var open: OpenCluster?
+    var packing: QCOW2WaitQueue?
 
     init(
         _ image: QCOW2Image, table: [UInt64], cacheBytes: Int
@@ -65,7 +68,7 @@ final class QCOW2Refcounts {
     }
 
     /// The slice that counts `cluster`; `nil` where there is no block.
-    private func slice(for cluster: Int) async throws(BlockError) -> QCOW2TableCache.Slice? {
+    func slice(for cluster: Int) async throws(BlockError) -> QCOW2TableCache.Slice? {
         let key = cluster >> sliceBits
         if let slice = cache.lookup(key) { return slice }
         let block = blockOffset(of: cluster)
@@ -82,12 +85,12 @@ final class QCOW2Refcounts {
     @inline(__always)
     private func index(_ cluster: Int) -> Int { cluster & ((1 << sliceBits) - 1) }
 
-    private func get(_ slice: QCOW2TableCache.Slice, _ cluster: Int) -> UInt64 {
+    func get(_ slice: QCOW2TableCache.Slice, _ cluster: Int) -> UInt64 {
         QCOW2.Refcount.get(
             UnsafeRawBufferPointer(slice.bytes), index(cluster), order: geometry.refcountOrder)
     }
 
-    private func set(_ slice: QCOW2TableCache.Slice, _ cluster: Int, _ value: UInt64) {
+    func set(_ slice: QCOW2TableCache.Slice, _ cluster: Int, _ value: UInt64) {
         QCOW2.Refcount.set(
             slice.bytes, index(cluster), to: value, order: geometry.refcountOrder)
         cache.markDirty(slice)
@@ -282,6 +285,7 @@ final class QCOW2Refcounts {
     }
 
     private func noteFree(_ cluster: Int) {
+        closeOpenCluster(in: cluster, 1)
         if cluster >= cursor { return }
         if let last = freed.last, last.first + last.count == cluster {
             freed[freed.count - 1].count += 1

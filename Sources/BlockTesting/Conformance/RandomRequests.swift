@@ -15,6 +15,8 @@ public final class RandomRequests: @unchecked Sendable {
         /// Offsets and lengths are multiples of this.
         public var alignment = 1
         public var writes = true
+        /// The units of compressed writes, as large as the node's clusters; 0 for no such writes.
+        public var compressedUnit = 0
         /// Ask for block status, and hold it to what reads say.
         public var asksStatus = true
         /// What requests may fail with, where errors are injected. A failed write may be there or not.
@@ -122,6 +124,12 @@ public final class RandomRequests: @unchecked Sendable {
                 }
             }
         case 9: await attempt("flush") { () throws(BlockError) in try await self.flush() }
+        case 10, 11,
+            12 where options.compressedUnit > 0:
+            let whole = units(around: range)
+            await attempt("compressed write \(whole)") { () throws(BlockError) in
+                try await self.write(whole, value, flags, compressed: true)
+            }
         default:
             await attempt("write \(range)") { () throws(BlockError) in
                 try await self.write(range, value, flags)
@@ -155,8 +163,15 @@ public final class RandomRequests: @unchecked Sendable {
         shadow.end(request, succeeded: true)
     }
 
+    private func units(around range: ByteRange) -> ByteRange {
+        let unit = options.compressedUnit
+        return ByteRange(
+            from: range.offset / unit * unit,
+            to: min((range.end + unit - 1) / unit * unit, edge.size))
+    }
+
     private func write(
-        _ range: ByteRange, _ value: UInt8, _ flags: UInt64
+        _ range: ByteRange, _ value: UInt8, _ flags: UInt64, compressed: Bool = false
     ) async throws(BlockError) {
         var data = IOVector()
         if flags & 8 == 0, range.count > 1 {
@@ -172,7 +187,9 @@ public final class RandomRequests: @unchecked Sendable {
         try await change(
             shadow.beginWrite(range, filledWith: value, durable: isDurable)
         ) { () throws(BlockError) in
-            try await self.edge.write(range.offset, from: data, isDurable ? .fua : [])
+            var writeFlags: WriteFlags = isDurable ? .fua : []
+            if compressed { writeFlags.insert(.compressed) }
+            try await self.edge.write(range.offset, from: data, writeFlags)
         }
     }
 
