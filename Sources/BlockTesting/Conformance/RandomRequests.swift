@@ -124,8 +124,7 @@ public final class RandomRequests: @unchecked Sendable {
                 }
             }
         case 9: await attempt("flush") { () throws(BlockError) in try await self.flush() }
-        case 10, 11,
-            12 where options.compressedUnit > 0:
+        case 10...12 where options.compressedUnit > 0:
             let whole = units(around: range)
             await attempt("compressed write \(whole)") { () throws(BlockError) in
                 try await self.write(whole, value, flags, compressed: true)
