@@ -59,6 +59,21 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// The bytes at `offset`, into all of `vector`.
     func read(_ offset: Int, into vector: IOVector, _ flags: ReadFlags) async throws(BlockError)
 
+    /// ``read(_:into:_:)`` without waiting: for what is in memory already.
+    ///
+    /// A filter that only forwards reads may forward these too; there is no default that does it, so
+    /// that nothing passes a filter by.
+    ///
+    /// - Returns: `false`, and anything in `vector`, where that is not possible: `read` does it then,
+    ///   and says what is wrong, if something is.
+    func readNow(_ offset: Int, into vector: IOVector) -> Bool
+
+    /// ``write(_:from:_:)`` without waiting and without flags, as ``readNow(_:into:)`` is to `read`.
+    ///
+    /// - Returns: `false` where that is not possible: a part may be written, and `write` is called with
+    ///   the same bytes.
+    func writeNow(_ offset: Int, from vector: IOVector) -> Bool
+
     /// `flags` holds `fua` only when ``supportsFUA`` says so; dispatch flushes otherwise.
     func write(_ offset: Int, from vector: IOVector, _ flags: WriteFlags) async throws(BlockError)
 
@@ -154,6 +169,8 @@ extension BlockDriver {
     }
     public var snapshotSource: (any SnapshotSource)? { nil }
     public var snapshotStore: (any InternalSnapshotStore)? { nil }
+    public func readNow(_ offset: Int, into vector: IOVector) -> Bool { false }
+    public func writeNow(_ offset: Int, from vector: IOVector) -> Bool { false }
     public var supportsFUA: Bool { false }
     public var supportsCompressedWrites: Bool { false }
     public var bitmapStore: (any BitmapStore)? { nil }
@@ -214,6 +231,8 @@ public protocol SnapshotSource: AnyObject {
     /// The snapshot's own size.
     var snapshotSize: Int { get }
     func readSnapshot(_ offset: Int, into vector: IOVector) async throws(BlockError)
+    /// ``readSnapshot(_:into:)`` without waiting, as ``BlockDriver/readNow(_:into:)``.
+    func readSnapshotNow(_ offset: Int, into vector: IOVector) -> Bool
     func snapshotStatus(
         _ range: ByteRange, precise: Bool
     ) async throws(BlockError) -> BlockStatus
@@ -225,4 +244,5 @@ public protocol SnapshotSource: AnyObject {
 
 extension SnapshotSource {
     public func close() {}
+    public func readSnapshotNow(_ offset: Int, into vector: IOVector) -> Bool { false }
 }

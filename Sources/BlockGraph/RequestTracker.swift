@@ -34,6 +34,9 @@ struct RequestTracker {
         return (lastIdentifier, waits)
     }
 
+    /// A write that is over before anything else happens needs no entry, as long as nobody serialises.
+    var allowsImmediateWrites: Bool { serialisingCount == 0 }
+
     /// Whether the request that entered as `identifier` still has to wait.
     mutating func mustWait(_ identifier: UInt64) -> Bool {
         guard let index = entries.firstIndex(where: { $0.identifier == identifier }) else {

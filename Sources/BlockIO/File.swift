@@ -85,6 +85,29 @@ public final class File: @unchecked Sendable {
         return done
     }
 
+    /// Reads what the page cache holds, without waiting.
+    ///
+    /// - Returns: whether all of `vector` was filled.
+    public func readNow(_ vector: IOVector, at offset: Int) -> Bool {
+        guard !isDirect, reads.mayTry else { return false }
+        let succeeded = thread.engine.readNow(handle, vector, offset: offset) == vector.count
+        reads.note(succeeded: succeeded)
+        return succeeded
+    }
+
+    /// Writes to the page cache, without waiting for the disk.
+    ///
+    /// - Returns: whether all of `vector` was taken.
+    public func writeNow(_ vector: IOVector, at offset: Int) -> Bool {
+        guard !isDirect, writes.mayTry else { return false }
+        let start = thread.now
+        guard let result = thread.engine.writeNow(handle, vector, offset: offset) else {
+            return false
+        }
+        writes.note(succeeded: thread.now &- start < Self.slowWriteNanoseconds)
+        return result == vector.count
+    }
+
     /// Writes all of `vector`. `durable`: it is on stable storage on return.
     public func write(
         _ vector: IOVector, at offset: Int, durable: Bool = false

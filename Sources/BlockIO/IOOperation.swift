@@ -39,6 +39,10 @@ public enum IOOperation: Sendable {
     case connect(IOHandle, SocketAddress)
     /// Completes with 0 when there is something to read.
     case awaitReadable(IOHandle)
+    /// Completes with 0 when the peer has taken most of what was sent to it, or after so many
+    /// nanoseconds. A hint, for who could do more work at once a little later: an engine may complete
+    /// it at once.
+    case awaitTaken(IOHandle, nanosecondsMax: UInt64)
 }
 
 /// Names one submitted operation within its thread.

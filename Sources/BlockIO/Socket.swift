@@ -92,6 +92,19 @@ public final class Socket: @unchecked Sendable {
         return thread.engine.sendNow(handle, vector)
     }
 
+    /// Waits until the peer has taken most of what was sent, or so long.
+    ///
+    /// - Returns: whether there was anything to wait for.
+    public func untilTaken(nanosecondsMax: UInt64) async -> Bool {
+        guard !isClosed else { return false }
+        let start = thread.now
+        _ = await thread.perform(.awaitTaken(handle, nanosecondsMax: nanosecondsMax))
+        return thread.now &- start > Self.waitNanosecondsMin
+    }
+
+    /// What completes sooner did not wait.
+    private static let waitNanosecondsMin: UInt64 = 4_000
+
     /// Ends the connection in both directions; pending operations complete.
     public func shutdown() {
         guard !isClosed else { return }

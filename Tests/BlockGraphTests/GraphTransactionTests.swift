@@ -10,6 +10,7 @@ final class MemoryDriver: BlockDriver, @unchecked Sendable {
     let node: BlockNode
     var bytes: [UInt8]
     var flushFails = false
+    var servesAtOnce = true
     var refuses: Permission = []
 
     init(_ node: BlockNode, size: Int, alignment: Int) {
@@ -35,6 +36,18 @@ final class MemoryDriver: BlockDriver, @unchecked Sendable {
         // A suspension in the middle: what could interleave, does.
         await node.thread.yield()
         bytes.replaceSubrange(offset..<(offset + vector.count), with: vector.array)
+    }
+    func readNow(_ offset: Int, into vector: IOVector) -> Bool {
+        precondition((offset | vector.count).isAligned(to: node.limits.requestAlignment))
+        vector.fill(UInt8(truncatingIfNeeded: offset / 512))
+        return servesAtOnce
+    }
+    func writeNow(_ offset: Int, from vector: IOVector) -> Bool {
+        precondition((offset | vector.count).isAligned(to: node.limits.requestAlignment))
+        if servesAtOnce {
+            bytes.replaceSubrange(offset..<(offset + vector.count), with: vector.array)
+        }
+        return servesAtOnce
     }
     func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
         throw BlockError(.unsupported, "no zeroes")

@@ -10,6 +10,10 @@ protocol NBDChannel: AnyObject, Sendable {
     func sendNow(_ vector: IOVector) -> Int?
     /// Sends all. One send at a time.
     func send(_ vector: IOVector) async throws(BlockError)
+    /// Waits until the peer has taken most of what was sent, or so long.
+    ///
+    /// - Returns: whether there was anything to wait for.
+    func untilTaken(nanosecondsMax: UInt64) async -> Bool
     /// Ends receiving: what was sent before can still be received, then comes the end.
     func shutdownReceiving()
     /// Ends both directions: pending calls return.

@@ -24,6 +24,12 @@ final class NBDConnection: @unchecked Sendable {
     /// Requests that are started in a row before other clients get their turn.
     static let turnRequestCountMax = 128
 
+    /// Of ``letRequestsGather()``: replies that make it worth a look; how long a client that takes none
+    /// holds up its own requests; how often it is left out.
+    private static let gatherBytesMin = 16 << 10
+    private static let gatherNanosecondsMax: UInt64 = 500_000
+    private static let gatherPauseCount = 16
+
     private unowned let server: NBDServer
     private let thread: IOThread
     private let socket: Socket
@@ -31,6 +37,8 @@ final class NBDConnection: @unchecked Sendable {
     private let output: NBDOutput
     private var export: NBDExport?
 
+    /// How often not to wait in ``letRequestsGather()``, after there was nothing to wait for.
+    private var gatherPause = 0
     private var requestCount = 0
     private(set) var bytesInFlight = 0
     private var roomSleeper: UnsafeContinuation<Void, Never>?
@@ -192,6 +200,7 @@ final class NBDConnection: @unchecked Sendable {
                 await thread.yield()
             }
             while input.available < headerCount {
+                await letRequestsGather()
                 guard try await input.receive(from: channel) else {
                     if input.available > 0, !isClosing {
                         throw BlockError(.disconnected, "the client went away in a request")
@@ -225,6 +234,19 @@ final class NBDConnection: @unchecked Sendable {
         }
     }
 
+    /// A client with many requests in flight has replies to take before it needs more of them. Waiting
+    /// until it took most lets its requests gather: one turn of the loop, one receive and one send then
+    /// serve many. A client with few in flight never has so much waiting for it.
+    private func letRequestsGather() async {
+        guard output.takeQueuedBytes() >= Self.gatherBytesMin, !output.isBehind else { return }
+        if gatherPause > 0 {
+            gatherPause -= 1
+            return
+        }
+        let waited = await channel.untilTaken(nanosecondsMax: Self.gatherNanosecondsMax)
+        if !waited { gatherPause = Self.gatherPauseCount }
+    }
+
     /// What a request's reply may hold in memory while it is made.
     private func replyBytesMax(_ request: NBDRequest) -> Int {
         switch request.command {
@@ -236,11 +258,12 @@ final class NBDConnection: @unchecked Sendable {
     }
 
     private func start(_ request: NBDRequest, _ payload: IOVector, _ cost: Int, _ edge: Edge) {
+        let execution = NBDRequestExecution(request: request, connection: self, edge: edge)
+        if execution.runNow(payload) { return }
         requestCount += 1
         bytesInFlight += cost
         thread.spawn { [self] in
-            await NBDRequestExecution(request: request, connection: self, edge: edge)
-                .run(payload)
+            await execution.run(payload)
             requestCount -= 1
             bytesInFlight -= cost
             wakeForRoom()

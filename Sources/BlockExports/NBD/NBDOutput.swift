@@ -3,7 +3,8 @@ import BlockGraph
 import BlockIO
 import NBDProtocol
 
-/// Gathers the replies of a turn and sends them in one call. Confined to its thread.
+/// Gathers the replies of a turn and sends them in one call, or in pieces of ``pieceBytes`` where they
+/// are many, so that the client can begin with the first. Confined to its thread.
 ///
 /// Headers are written into shared memory, a buffer for many; data goes out from where it was read
 /// to. What the socket does not take at once is sent by a task, while new replies gather.
@@ -21,6 +22,10 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
     private var headers: IOBuffer?
     private var headersUsed = 0
     private static let headersCapacity = 16 << 10
+
+    private static let pieceBytes = 32 << 10
+    /// Bytes queued since ``takeQueuedBytes()``.
+    private var queuedBytes = 0
 
     init(_ channel: any NBDChannel, thread: IOThread) {
         self.channel = channel
@@ -40,7 +45,16 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
         if memory.buffer === headers { headersUsed = memory.offset + count }
         gathered.append(memory.slice(0, count))
         if let data { gathered.append(data) }
-        schedule()
+        queuedBytes += count + (data?.count ?? 0)
+        if gathered.count >= Self.pieceBytes { push() } else { schedule() }
+    }
+
+    /// Whether more is queued than the socket takes.
+    var isBehind: Bool { isSending }
+
+    func takeQueuedBytes() -> Int {
+        defer { queuedBytes = 0 }
+        return queuedBytes
     }
 
     /// Queues bytes.
@@ -73,6 +87,10 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
 
     func endOfTurn() {
         isScheduled = false
+        push()
+    }
+
+    private func push() {
         guard !isSending, failure == nil, !gathered.isEmpty else { return }
         let all = gathered
         gathered = IOVector()

@@ -24,6 +24,36 @@ struct NBDRequestExecution {
         }
     }
 
+    /// Executes the request and queues its reply, where that can be done without waiting.
+    ///
+    /// - Returns: `false` where it cannot: ``run(_:)`` does it then, or tells what is wrong.
+    @inline(__always)
+    func runNow(_ payload: IOVector) -> Bool {
+        switch request.command {
+        case .read where !request.range.isEmpty:
+            guard let data = try? IOVector(allocating: request.range.count),
+                edge.readNow(request.range.offset, into: data)
+            else { return false }
+            answer { () throws(BlockError) in try deliver(data) }
+        case .write where !request.flags.contains(.fua):
+            guard edge.writeNow(request.range.offset, from: payload) else { return false }
+            answer { () throws(BlockError) in try succeed() }
+        default:
+            return false
+        }
+        return true
+    }
+
+    /// Queues a reply; one that cannot be queued ends the connection.
+    @inline(__always)
+    private func answer(_ reply: () throws(BlockError) -> Void) {
+        do throws(BlockError) {
+            try reply()
+        } catch {
+            connection.abandon()
+        }
+    }
+
     private func execute(_ payload: IOVector) async throws(BlockError) {
         switch request.command {
         case .read:
@@ -49,6 +79,10 @@ struct NBDRequestExecution {
         case .disconnect:
             return
         }
+        try succeed()
+    }
+
+    private func succeed() throws(BlockError) {
         try connection.reply(capacity: NBDReply.headerCountMax) { memory in
             NBDReply.success(request, mode: connection.mode, to: memory)
         }
@@ -67,6 +101,10 @@ struct NBDRequestExecution {
         }
         let data = try IOVector(allocating: request.range.count)
         try await edge.read(request.range.offset, into: data)
+        try deliver(data)
+    }
+
+    private func deliver(_ data: IOVector) throws(BlockError) {
         if connection.mode >= .structured, !request.flags.contains(.dontFragment) {
             try replySparsely(data)
             return

@@ -63,6 +63,10 @@ final class NBDSecureChannel: NBDChannel, @unchecked Sendable {
 
     // MARK: Channel
 
+    func untilTaken(nanosecondsMax: UInt64) async -> Bool {
+        await socket.untilTaken(nanosecondsMax: nanosecondsMax)
+    }
+
     func receive(_ vector: IOVector) async throws(BlockError) -> Int {
         if isEnded { return 0 }
         while true {

@@ -194,6 +194,18 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         try await child.write(offset, from: vector, flags)
     }
 
+    public func readNow(_ offset: Int, into vector: IOVector) -> Bool {
+        child.readNow(offset, into: vector)
+    }
+
+    /// Only where nothing is left to be copied, nor anything being read.
+    public func writeNow(_ offset: Int, from vector: IOVector) -> Bool {
+        guard locks.isEmpty,
+            waiting.firstSet(in: clusters(touching: ByteRange(offset, vector.count))) == nil
+        else { return false }
+        return child.writeNow(offset, from: vector)
+    }
+
     public func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
         try await copyBefore(range)
         try await child.writeZeroes(range, flags)
@@ -385,6 +397,16 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         }
         // It may have broken while the data was read: then a guest write may have got in between.
         if let breakage { throw breakage }
+    }
+
+    /// Nobody's write comes between the look at the clusters and the read: no lock is needed.
+    public func readSnapshotNow(_ offset: Int, into vector: IOVector) -> Bool {
+        let range = ByteRange(offset, vector.count)
+        let clusters = clusters(touching: range)
+        guard breakage == nil, present.firstClear(in: clusters) == nil else { return false }
+        let run = run(range, clusters)
+        guard run.range.count == range.count else { return false }
+        return (run.isCopied ? target : child).readNow(offset, into: vector)
     }
 
     public func snapshotStatus(

@@ -66,6 +66,10 @@ public final class SnapshotAccess: BlockDriver, @unchecked Sendable {
         try await source.readSnapshot(offset, into: vector)
     }
 
+    public func readNow(_ offset: Int, into vector: IOVector) -> Bool {
+        source.readSnapshotNow(offset, into: vector)
+    }
+
     public func blockStatus(
         _ range: ByteRange, precise: Bool
     ) async throws(BlockError) -> BlockStatus {

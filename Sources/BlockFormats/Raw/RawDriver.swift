@@ -68,6 +68,15 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
         try await file.read(self.offset + offset, into: vector, flags)
     }
 
+    public func readNow(_ offset: Int, into vector: IOVector) -> Bool {
+        file.readNow(self.offset + offset, into: vector)
+    }
+
+    public func writeNow(_ offset: Int, from vector: IOVector) -> Bool {
+        if header != nil, offset < HeaderGuard.byteCount { return false }
+        return file.writeNow(self.offset + offset, from: vector)
+    }
+
     public var supportsFUA: Bool { true }
 
     public func write(

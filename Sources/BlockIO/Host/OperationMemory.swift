@@ -1,5 +1,9 @@
 import BlockCore
 
+#if os(Linux)
+import CLiburing
+#endif
+
 #if canImport(Glibc)
 import Glibc
 #elseif canImport(Musl)
@@ -59,7 +63,24 @@ final class OperationMemory {
         self.vectors = vectors
     }
 
+    #if os(Linux)
+    private(set) var time: UnsafeMutablePointer<__kernel_timespec>?
+
+    static func time(nanoseconds: UInt64) -> OperationMemory {
+        let memory = OperationMemory()
+        let time = UnsafeMutablePointer<__kernel_timespec>.allocate(capacity: 1)
+        time.initialize(to: __kernel_timespec())
+        time.pointee.tv_sec = Int64(nanoseconds / 1_000_000_000)
+        time.pointee.tv_nsec = Int64(nanoseconds % 1_000_000_000)
+        memory.time = time
+        return memory
+    }
+    #endif
+
     deinit {
+        #if os(Linux)
+        time?.deallocate()
+        #endif
         vectors?.deallocate()
         message?.deallocate()
         addressStorage?.deallocate()

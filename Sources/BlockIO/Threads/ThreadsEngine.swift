@@ -125,6 +125,8 @@ final class ThreadsEngine: IOEngine {
             } else {
                 finished.append((token, -Int(errno)))
             }
+        case .awaitTaken:
+            finished.append((token, 0))
         case .receive, .send, .accept, .awaitReadable:
             if let result = attempt(operation) {
                 finished.append((token, result))
@@ -142,7 +144,7 @@ final class ThreadsEngine: IOEngine {
         case .accept(let handle): HostCalls.accept(handle)
         case .connect(let handle, _): HostCalls.connectionResult(handle)
         case .awaitReadable(let handle): HostCalls.isReadable(handle) ? 0 : nil
-        case .read, .write, .synchronize, .allocate: nil
+        case .read, .write, .synchronize, .allocate, .awaitTaken: nil
         }
     }
 
@@ -218,7 +220,7 @@ extension IOOperation {
         case .receive(let handle, _), .accept(let handle), .awaitReadable(let handle):
             (handle, Int16(POLLIN))
         case .send(let handle, _), .connect(let handle, _): (handle, Int16(POLLOUT))
-        case .read, .write, .synchronize, .allocate: nil
+        case .read, .write, .synchronize, .allocate, .awaitTaken: nil
         }
     }
 }

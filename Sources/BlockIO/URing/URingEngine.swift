@@ -16,6 +16,11 @@ import Synchronization
 /// depth 1. The poll adapts: it grows while it pays and stops while it does not.
 final class URingEngine: IOEngine {
     private static let entryCount: UInt32 = 512
+    /// With more requests than this at a time, a wake-up is shared by many and waiting for it costs
+    /// less than looking; what comes while the thread wakes up joins the next batch.
+    private static let batchCountForPolling = 3
+    /// The next entry belongs to this one.
+    private static let linked = UInt8(1 << IOSQE_IO_LINK_BIT)
     /// Not tokens of operations.
     private static let wakeData: UInt64 = .max
     private static let ignoredData: UInt64 = .max - 1
@@ -29,6 +34,11 @@ final class URingEngine: IOEngine {
     private var hasRing = false
     private var isWakeArmed = false
     private var pollWindow = PollWindow()
+    /// Operations since the last wait, a receive among them, and their running mean times eight: how many requests
+    /// come at a time.
+    private var batchCount = 0
+    private var batchCountMean = 0
+    private var waitCount: UInt32 = 0
     private let host = HostSystem()
 
     let name = "io_uring"
@@ -86,6 +96,10 @@ final class URingEngine: IOEngine {
     }
 
     func submit(_ operation: IOOperation, _ token: IOToken) {
+        if case .awaitTaken(let handle, let nanosecondsMax) = operation {
+            submitAwaitTaken(handle, nanosecondsMax, token)
+            return
+        }
         let entry = nextEntry()
         prepare(entry, operation, token)
     }
@@ -100,6 +114,7 @@ final class URingEngine: IOEngine {
     private func prepare(
         _ entry: UnsafeMutablePointer<io_uring_sqe>, _ operation: IOOperation, _ token: IOToken
     ) {
+        batchCount += 1
         switch operation {
         case .read(let handle, let vector, let offset):
             if let slice = vector.single {
@@ -131,6 +146,26 @@ final class URingEngine: IOEngine {
             submitSocket(operation, token, entry)
         }
         io_uring_sqe_set_data64(entry, UInt64(token.rawValue))
+    }
+
+    /// A socket is writable again when little of what was sent waits in it for the peer.
+    private func submitAwaitTaken(
+        _ handle: IOHandle, _ nanosecondsMax: UInt64, _ token: IOToken
+    ) {
+        // The two entries must enter the kernel together.
+        if io_uring_sq_space_left(ring) < 2 { io_uring_submit(ring) }
+        let entry = nextEntry()
+        io_uring_prep_poll_add(entry, handle.rawValue, UInt32(POLLOUT))
+        entry.pointee.flags |= Self.linked
+        // The kernel ends it by this value, perhaps when it has completed already and the token is
+        // another operation's: so it is never used twice in a row.
+        waitCount &+= 1
+        let generation = UInt64(waitCount % 0x7fff_ffff + 1) << 32
+        io_uring_sqe_set_data64(entry, generation | UInt64(token.rawValue))
+        let memory = remember(token, .time(nanoseconds: nanosecondsMax))
+        let limit = nextEntry()
+        io_uring_prep_link_timeout(limit, memory.time, 0)
+        io_uring_sqe_set_data64(limit, Self.ignoredData)
     }
 
     private func submitSocket(
@@ -166,8 +201,8 @@ final class URingEngine: IOEngine {
             io_uring_prep_connect(entry, handle.rawValue, memory.address, memory.addressLength)
         case .awaitReadable(let handle):
             io_uring_prep_poll_add(entry, handle.rawValue, UInt32(POLLIN))
-        case .read, .write, .synchronize, .allocate:
-            preconditionFailure("a file operation on the sockets' path")
+        case .read, .write, .synchronize, .allocate, .awaitTaken:
+            preconditionFailure("not an operation of the sockets' path")
         }
     }
 
@@ -209,7 +244,10 @@ final class URingEngine: IOEngine {
     }
 
     private func wait(until deadline: UInt64?) {
-        if pollWindow.nanoseconds > 0, spin(until: deadline) { return }
+        batchCountMean += batchCount - batchCountMean / 8
+        batchCount = 0
+        let comesInBatches = batchCountMean > 8 * Self.batchCountForPolling
+        if pollWindow.nanoseconds > 0, !comesInBatches, spin(until: deadline) { return }
         let start = now
         var time = __kernel_timespec()
         var completion: UnsafeMutablePointer<io_uring_cqe>?
@@ -222,7 +260,7 @@ final class URingEngine: IOEngine {
         } else {
             io_uring_submit_and_wait(ring, 1)
         }
-        pollWindow.slept(nanoseconds: now &- start)
+        if !comesInBatches { pollWindow.slept(nanoseconds: now &- start) }
     }
 
     /// Looks for completions for the length of the poll window.
@@ -283,11 +321,13 @@ final class URingEngine: IOEngine {
     // MARK: Without the ring
 
     func readNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? {
-        HostCalls.readCached(handle, vector, offset: offset)
+        batchCount += 1
+        return HostCalls.readCached(handle, vector, offset: offset)
     }
 
     func writeNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? {
-        HostCalls.write(handle, vector, offset: offset)
+        batchCount += 1
+        return HostCalls.write(handle, vector, offset: offset)
     }
 
     func receiveNow(_ handle: IOHandle, _ vector: IOVector) -> Int? {

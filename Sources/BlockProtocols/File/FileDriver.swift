@@ -128,6 +128,14 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         }
     }
 
+    public func readNow(_ offset: Int, into vector: IOVector) -> Bool {
+        file.readNow(vector, at: offset)
+    }
+
+    public func writeNow(_ offset: Int, from vector: IOVector) -> Bool {
+        file.writeNow(vector, at: offset)
+    }
+
     public var supportsFUA: Bool { true }
 
     public func write(

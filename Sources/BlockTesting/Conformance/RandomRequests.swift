@@ -106,7 +106,9 @@ public final class RandomRequests: @unchecked Sendable {
                 try await self.status(range)
             }
         case 0..<6:
-            await attempt("read \(range)") { () throws(BlockError) in try await self.read(range) }
+            await attempt("read \(range)") { () throws(BlockError) in
+                try await self.read(range, atOnce: flags & 1 == 0)
+            }
         case 6, 7:
             await attempt("zeroes \(range)") { () throws(BlockError) in
                 var zeroFlags: WriteFlags = flags & 1 != 0 ? .mayUnmap : []
@@ -188,17 +190,23 @@ public final class RandomRequests: @unchecked Sendable {
         ) { () throws(BlockError) in
             var writeFlags: WriteFlags = isDurable ? .fua : []
             if compressed { writeFlags.insert(.compressed) }
+            // As exports do: at once where that is possible.
+            if writeFlags.isEmpty, flags & 8 != 0, self.edge.writeNow(range.offset, from: data) {
+                return
+            }
             try await self.edge.write(range.offset, from: data, writeFlags)
         }
     }
 
-    private func read(_ range: ByteRange) async throws(BlockError) {
+    private func read(_ range: ByteRange, atOnce: Bool = false) async throws(BlockError) {
         let data = try IOVector(allocating: range.count)
         // So that what is not filled in shows.
         data.fill(0xa5)
         let request = shadow.beginRead(range)
         do throws(BlockError) {
-            try await edge.read(range.offset, into: data)
+            if !atOnce || !edge.readNow(range.offset, into: data) {
+                try await edge.read(range.offset, into: data)
+            }
         } catch {
             shadow.abandonRead(request)
             throw error

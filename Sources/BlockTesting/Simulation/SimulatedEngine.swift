@@ -291,7 +291,7 @@ extension IOOperation {
         case .synchronize(let handle, _): (.synchronize, handle)
         case .allocate(let handle, _, _): (.allocate, handle)
         case .receive(let handle, _), .awaitReadable(let handle): (.receive, handle)
-        case .send(let handle, _): (.send, handle)
+        case .send(let handle, _), .awaitTaken(let handle, _): (.send, handle)
         case .accept(let handle): (.accept, handle)
         case .connect(let handle, _): (.connect, handle)
         }

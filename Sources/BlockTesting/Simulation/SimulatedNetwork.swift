@@ -187,6 +187,7 @@ final class SimulatedNetwork {
         case (.awaitReadable, .endpoint(let end)):
             end.receives.append((token, nil))
             pump(end)
+        case (.awaitTaken, .endpoint): complete(token, 0)
         case (.send(_, let vector), .endpoint(let end)):
             end.sends.append((token, vector))
             pump(end)
