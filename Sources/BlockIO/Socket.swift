@@ -36,11 +36,16 @@ public final class Socket: @unchecked Sendable {
 
     /// Receives at least one byte.
     ///
+    /// - Parameter isLikelyThere: look before waiting. Where the peer surely needs time, that is wasted.
     /// - Returns: bytes received; 0 at the end of the stream.
     /// - Throws: `disconnected` when the connection broke.
-    public func receive(_ vector: IOVector) async throws(BlockError) -> Int {
+    public func receive(
+        _ vector: IOVector, isLikelyThere: Bool = true
+    ) async throws(BlockError) -> Int {
         guard !isClosed else { return 0 }
-        if let result = thread.engine.receiveNow(handle, vector) { return try check(result) }
+        if isLikelyThere, let result = thread.engine.receiveNow(handle, vector) {
+            return try check(result)
+        }
         while true {
             let result = await thread.perform(.receive(handle, vector))
             if result == -Int(EINTR) || result == -Int(EAGAIN) { continue }

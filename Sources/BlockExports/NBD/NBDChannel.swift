@@ -4,7 +4,9 @@ import BlockIO
 /// A connection's bytes: the socket's own, or what TLS makes of them. Confined to its thread.
 protocol NBDChannel: AnyObject, Sendable {
     /// Receives at least one byte; 0 is a proper end.
-    func receive(_ vector: IOVector) async throws(BlockError) -> Int
+    ///
+    /// - Parameter isLikelyThere: see ``Socket/receive(_:isLikelyThere:)``.
+    func receive(_ vector: IOVector, isLikelyThere: Bool) async throws(BlockError) -> Int
     /// Sends what can be sent without waiting; `nil` when nothing can. What is left of `vector` is what
     /// the caller must send next.
     func sendNow(_ vector: IOVector) -> Int?

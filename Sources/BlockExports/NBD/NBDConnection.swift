@@ -193,6 +193,8 @@ final class NBDConnection: @unchecked Sendable {
         self.rules = rules
         let headerCount = NBDRequestHeader.count(in: session.mode)
         var turnCount = 0
+        // Requests since the last receive.
+        var batchCount = 0
         while !isClosing {
             turnCount += 1
             if turnCount == Self.turnRequestCountMax {
@@ -201,7 +203,12 @@ final class NBDConnection: @unchecked Sendable {
             }
             while input.available < headerCount {
                 await letRequestsGather()
-                guard try await input.receive(from: channel) else {
+                // A client that sends one request at a time waits for its reply, which leaves first.
+                let isLikelyThere = batchCount != 1
+                batchCount = 0
+                guard
+                    try await input.receive(from: channel, isLikelyThere: isLikelyThere)
+                else {
                     if input.available > 0, !isClosing {
                         throw BlockError(.disconnected, "the client went away in a request")
                     }
@@ -210,6 +217,7 @@ final class NBDConnection: @unchecked Sendable {
             }
             let disposition = self.rules?.judge(input.bytes) ?? .disconnect
             input.drop(headerCount)
+            batchCount += 1
             switch disposition {
             case .execute(let request):
                 let cost = request.payloadCount + replyBytesMax(request)

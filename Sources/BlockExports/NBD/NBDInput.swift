@@ -40,10 +40,12 @@ struct NBDInput {
 
     /// Receives more.
     /// - Returns: `false` at the end of the stream.
-    mutating func receive(from channel: any NBDChannel) async throws(BlockError) -> Bool {
+    mutating func receive(
+        from channel: any NBDChannel, isLikelyThere: Bool = true
+    ) async throws(BlockError) -> Bool {
         try makeRoom()
         let count = try await channel.receive(
-            IOVector(IOSlice(buffer, end, buffer.capacity - end)))
+            IOVector(IOSlice(buffer, end, buffer.capacity - end)), isLikelyThere: isLikelyThere)
         end += count
         return count > 0
     }
@@ -87,7 +89,8 @@ struct NBDInput {
         let rest = try IOVector(allocating: count - here)
         var done = 0
         while done < rest.count {
-            let part = try await channel.receive(rest.slice(done, rest.count - done))
+            let part = try await channel.receive(
+                rest.slice(done, rest.count - done), isLikelyThere: true)
             guard part > 0 else {
                 throw BlockError(.disconnected, "the client went away in the middle of a request")
             }

@@ -67,7 +67,7 @@ final class NBDSecureChannel: NBDChannel, @unchecked Sendable {
         await socket.untilTaken(nanosecondsMax: nanosecondsMax)
     }
 
-    func receive(_ vector: IOVector) async throws(BlockError) -> Int {
+    func receive(_ vector: IOVector, isLikelyThere: Bool) async throws(BlockError) -> Int {
         if isEnded { return 0 }
         while true {
             var result = TLSSession.ReadResult.needsInput

@@ -274,8 +274,7 @@ final class URingEngine: IOEngine {
                     pollWindow.found()
                     return true
                 }
-                // Tells the processor that this is a spin.
-                atomicMemoryFence(ordering: .acquiring)
+                linux_relax()
             }
             let time = now
             if time &- start >= pollWindow.nanoseconds { return false }

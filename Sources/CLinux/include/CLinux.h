@@ -30,4 +30,13 @@ void linux_release_code_pages(void);
 extern const int linux_dont_wait;         // MSG_DONTWAIT
 extern const int linux_no_signal;         // MSG_NOSIGNAL
 extern const int linux_accept_flags;      // SOCK_NONBLOCK | SOCK_CLOEXEC
+/* Tells the processor that this is a loop that waits: what shares its core goes faster meanwhile. */
+static inline void linux_relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 #endif
