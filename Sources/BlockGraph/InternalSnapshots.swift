@@ -1,4 +1,13 @@
 import BlockCore
+import QMP
+
+#if canImport(Glibc)
+import Glibc
+#elseif canImport(Musl)
+import Musl
+#elseif canImport(Darwin)
+import Darwin
+#endif
 
 /// A snapshot that an image holds inside itself, as lists show it.
 public struct InternalSnapshot: Sendable, Equatable {
@@ -37,6 +46,31 @@ public struct SnapshotDate: Sendable, Equatable {
     public init(seconds: UInt32, nanoseconds: UInt32) {
         self.seconds = seconds
         self.nanoseconds = nanoseconds
+    }
+
+    /// By the system's clock.
+    public static var now: SnapshotDate {
+        var time = timespec()
+        clock_gettime(CLOCK_REALTIME, &time)
+        return SnapshotDate(
+            seconds: UInt32(truncatingIfNeeded: time.tv_sec),
+            nanoseconds: UInt32(truncatingIfNeeded: time.tv_nsec))
+    }
+}
+
+extension InternalSnapshot {
+    /// With the keys of QMP's `SnapshotInfo`.
+    public var json: JSONValue {
+        var result: JSONObject = [:]
+        if let instructionCount { result["icount"] = .integer(Int(clamping: instructionCount)) }
+        result["vm-clock-nsec"] = .integer(Int(clamping: vmClockNanoseconds % 1_000_000_000))
+        result["name"] = .string(name)
+        result["date-sec"] = .integer(Int(date.seconds))
+        result["date-nsec"] = .integer(Int(date.nanoseconds))
+        result["vm-clock-sec"] = .integer(Int(clamping: vmClockNanoseconds / 1_000_000_000))
+        result["id"] = .string(identifier)
+        result["vm-state-size"] = .integer(Int(clamping: vmStateSize))
+        return .object(result)
     }
 }
 

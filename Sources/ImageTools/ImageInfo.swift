@@ -18,6 +18,8 @@ public struct ImageInfo: Sendable {
     /// As seen from where the command runs.
     public var backingPath: String?
     public var backingFormat: String?
+    /// Inside the image.
+    public var snapshots: [InternalSnapshot]
     /// `{"type": …, "data": {…}}`.
     public var specific: JSONValue?
 
@@ -26,6 +28,7 @@ public struct ImageInfo: Sendable {
     /// - Parameter filename: what the user called the image; `nil` takes the driver's name for it.
     public init(of node: BlockNode, filename: String? = nil) async throws(BlockError) {
         let information = try await node.driver.information
+        snapshots = node.driver.snapshotStore?.internalSnapshots ?? []
         self.filename = filename ?? node.driver.filename
         format = node.description.name
         virtualSize = node.size
@@ -98,6 +101,7 @@ public struct ImageInfo: Sendable {
         }
         if let backingFormat { lines.append("backing file format: \(backingFormat)") }
         var text = lines.joined(separator: "\n") + "\n"
+        text += SnapshotList.text(snapshots)
         if let data = specific?["data"] { text += Self.specificText(data) }
         return text
     }
@@ -141,6 +145,7 @@ public struct ImageInfo: Sendable {
     public var json: JSONValue {
         var result: JSONObject = [:]
         if let backingFormat { result["backing-filename-format"] = .string(backingFormat) }
+        if !snapshots.isEmpty { result["snapshots"] = .array(snapshots.map(\.json)) }
         result["virtual-size"] = .integer(virtualSize)
         result["filename"] = .string(filename)
         if clusterSize > 0 { result["cluster-size"] = .integer(clusterSize) }

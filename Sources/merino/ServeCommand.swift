@@ -120,7 +120,7 @@ struct ServeCommand: ParsableCommand {
             for name in bitmap { bitmaps.append(try .init(named: name, below: node)) }
             let export = try NBDExport(
                 name: exportName, description: description, node: node,
-                writable: source.isWritable, allocationDepth: allocationDepth, bitmaps: bitmaps)
+                writable: opening.isWritable, allocationDepth: allocationDepth, bitmaps: bitmaps)
             export.edge?.isWriteThrough = source.cache.isWriteThrough
             node.release("command")
             let isVerbose = verbose
@@ -193,10 +193,22 @@ struct ServeOpening: ParsableArguments {
     var discard = "ignore"
     @Option(name: .customLong("detect-zeroes"), help: "off, on or unmap.")
     var detectZeroes: String?
+    @Flag(
+        name: [.customShort("s"), .long],
+        help: "Write to a temporary file, which is gone at the end.")
+    var snapshot = false
+    @Option(
+        name: [.customShort("l", allowingJoined: true), .customLong("load-snapshot")],
+        help: "Serve this snapshot inside the image: snapshot.id=…, snapshot.name=…, or either.")
+    var loadSnapshot: String?
+
+    /// Whether clients may write.
+    var isWritable: Bool { !readOnly && loadSnapshot == nil }
 
     func source(_ name: String) throws(BlockError) -> ImageSource {
         var source = ImageSource(name, format: format, isOptions: imageOptions)
-        source.isWritable = !readOnly
+        // A temporary overlay takes the writes.
+        source.isWritable = isWritable && !snapshot
         source.cache = nocache ? .none : try CacheMode(named: cache)
         source.discards = try ImageSource.discards(mode: discard)
         source.zeroDetection = detectZeroes
@@ -209,17 +221,24 @@ struct ServeOpening: ParsableArguments {
     func open(
         _ source: ImageSource, in session: ToolSession
     ) async throws(BlockError) -> BlockNode {
-        guard let offset else { return try await session.open(source) }
-        let start = try ArgumentText.size(offset, "the offset")
-        return try await session.open(source, from: start)
+        var start = 0
+        if let offset { start = try ArgumentText.size(offset, "the offset") }
+        guard snapshot || loadSnapshot != nil else {
+            return try await session.open(source, from: start)
+        }
+        var node = try await session.open(source)
+        if let loadSnapshot { node = try await session.openSnapshot(loadSnapshot, of: node) }
+        if snapshot, isWritable {
+            let folder = getenv("TMPDIR").map { String(cString: $0) } ?? "/var/tmp"
+            node = try await session.openOverlay(above: node, in: folder)
+        }
+        if start > 0 { node = try await session.openWindow(of: node, from: start) }
+        return node
     }
 }
 
 /// Options of `qemu-nbd(8)` that need what is not there yet: each is refused by its name.
 struct RefusedServeOptions: ParsableArguments {
-    @Flag(name: [.customShort("s"), .long], help: .hidden) var snapshot = false
-    @Option(name: [.customShort("l"), .customLong("load-snapshot")], help: .hidden)
-    var loadSnapshot: String?
     @Option(name: [.customShort("c"), .long], help: .hidden) var connect: String?
     @Flag(name: [.customShort("d"), .long], help: .hidden) var disconnect = false
     @Flag(name: [.customShort("L"), .long], help: .hidden) var list = false
@@ -228,7 +247,6 @@ struct RefusedServeOptions: ParsableArguments {
 
     func check() throws(BlockError) {
         let given: [(Bool, String)] = [
-            (snapshot, "--snapshot"), (loadSnapshot != nil, "--load-snapshot"),
             (connect != nil, "--connect"),
             (disconnect, "--disconnect"), (list, "--list"),
             (tlsHostname != nil, "--tls-hostname"), (partition != nil, "--partition"),

@@ -19,15 +19,15 @@ import Testing
 
     static func create(
         _ simulation: Simulation, clusterSize: Int, isLazy: Bool, size: Int = size,
-        version: String = "v3", more: JSONObject = [:]
+        version: String = "v3", more: JSONObject = [:], path: String = "/disk"
     ) async throws {
-        simulation.disk.addFile("/disk", size: 0)
+        simulation.disk.addFile(path, size: 0)
         try await simulation.run { thread throws(BlockError) in
             let graph = BlockGraph(on: thread, registry: registry)
             var options: JSONObject = [
                 "size": .integer(size), "cluster-size": .integer(clusterSize),
                 "lazy-refcounts": .bool(isLazy), "version": .string(version),
-                "file": ["driver": "file", "filename": "/disk", "locking": "off"],
+                "file": ["driver": "file", "filename": .string(path), "locking": "off"],
             ]
             for (key, value) in more.members { options[key] = value }
             let creation = ImageCreation(

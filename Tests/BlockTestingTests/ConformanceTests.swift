@@ -15,7 +15,8 @@ import Glibc
 let registry = DriverRegistry(
     BlockProtocols.drivers + BlockFormats.drivers + BlockFilters.drivers)
 
-/// Node options by name, on files `/disk` and `/temp` of 300 KB.
+/// Node options by name, on files `/disk` and `/temp` of 300 KB; `/image` is a qcow2 image that is
+/// made with the options of ``creations`` first.
 private let graphs: [String: JSONValue] = [
     "file": ["driver": "file", "filename": "/disk", "discard": "unmap"],
     "file, direct": [
@@ -37,7 +38,48 @@ private let graphs: [String: JSONValue] = [
         "file": ["driver": "file", "filename": "/disk"],
         "target": ["driver": "file", "filename": "/temp"],
     ],
+    "qcow2": qcow2(),
+    "qcow2, clusters of 512": qcow2(["l2-cache-size": 1024, "l2-cache-entry-size": 512]),
+    "qcow2, version 2": qcow2(),
+    "qcow2, lazy refcounts": qcow2(["discard-no-unref": true]),
+    "qcow2, over a raw image": qcow2(["backing": ["driver": "file", "filename": "/disk"]]),
+    "qcow2, version 2 over a raw image": qcow2([
+        "backing": ["driver": "file", "filename": "/disk"]
+    ]),
+    "qcow2, preallocated, detect-zeroes": qcow2(["detect-zeroes": "unmap"]),
+    "qcow2, with a snapshot": qcow2(),
 ]
+
+private func qcow2(_ more: JSONValue = [:]) -> JSONValue {
+    var options: JSONObject = [
+        "driver": "qcow2", "discard": "unmap", "cache-clean-interval": 0,
+        "file": ["driver": "file", "filename": "/image"],
+    ]
+    if case .object(let more) = more {
+        for (key, value) in more.members { options[key] = value }
+    }
+    return .object(options)
+}
+
+/// How `/image` is made.
+private let creations: [String: JSONValue] = [
+    "qcow2": [:], "qcow2, clusters of 512": ["cluster-size": 512],
+    "qcow2, version 2": ["version": "v2"], "qcow2, lazy refcounts": ["lazy-refcounts": true],
+    "qcow2, over a raw image": ["cluster-size": 4096],
+    "qcow2, version 2 over a raw image": ["version": "v2", "cluster-size": 4096],
+    "qcow2, preallocated, detect-zeroes": ["preallocation": "metadata"],
+    "qcow2, with a snapshot": ["cluster-size": 16384],
+]
+
+private func create(_ thread: IOThread, _ given: JSONValue) async throws(BlockError) {
+    let graph = BlockGraph(on: thread, registry: registry)
+    guard case .object(var options) = given else { return }
+    options["size"] = 300_032
+    options["file"] = ["driver": "file", "filename": "/image"]
+    let creation = ImageCreation(graph, options: try OptionReader(.object(options), of: "creation"))
+    try await registry.driver(named: "qcow2").create?(creation)
+    try await creation.finish()
+}
 
 @Suite struct ConformanceTests {
     @Test(arguments: graphs.keys.sorted())
@@ -47,8 +89,11 @@ private let graphs: [String: JSONValue] = [
             let simulation = Simulation(seed: seed)
             simulation.disk.addFile("/disk", size: 300_032)
             simulation.disk.addFile("/temp", size: 300_032)
+            simulation.disk.addFile("/image", size: 0)
             let violations = try await simulation.run { thread throws(BlockError) in
-                try await check(thread, options, seed)
+                if let creation = creations[name] { try await create(thread, creation) }
+                return try await check(
+                    thread, options, seed, hasSnapshot: name.hasSuffix("with a snapshot"))
             }
             #expect(violations == [], "\(name), seed \(seed)")
         }
@@ -76,7 +121,7 @@ private let graphs: [String: JSONValue] = [
 }
 
 private func check(
-    _ thread: IOThread, _ options: JSONValue, _ seed: UInt64
+    _ thread: IOThread, _ options: JSONValue, _ seed: UInt64, hasSnapshot: Bool = false
 ) async throws(BlockError) -> [String] {
     let graph = BlockGraph(on: thread, registry: registry)
     let node = try await graph.open(options)
@@ -84,6 +129,12 @@ private func check(
         NamedUser("test"), to: node,
         Access(uses: [.consistentRead, .write], shares: .all))
     node.release("opening")
+    if hasSnapshot {
+        let data = try IOVector(allocating: edge.size)
+        data.fill(1)
+        try await edge.write(0, from: data)
+        _ = try await graph.createSnapshot("s", of: node, at: .init(seconds: 1, nanoseconds: 1))
+    }
     let violations = await DriverConformance.check(edge, seed: seed)
     try await graph.detach(edge)
     return violations + (graph.nodes.isEmpty ? [] : ["nodes stay open"])

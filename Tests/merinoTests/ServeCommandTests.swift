@@ -126,7 +126,7 @@ import Testing
     @Test(
         "what is not there is refused by name",
         arguments: [
-            ["--snapshot"], ["--list"], ["--load-snapshot", "x"],
+            ["--list"], ["--connect", "/dev/nbd0"],
             ["--tls-creds", "t"], ["--object", "throttle-group,id=x"], ["--cache", "foo"],
             ["--tls-authz", "t"], ["-p", "1", "-k", "s"], ["--shared", "-1"],
         ])

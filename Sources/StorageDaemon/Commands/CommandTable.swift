@@ -73,6 +73,16 @@ extension StorageDaemon {
             StorageDaemon.blockdevReplace),
         DaemonCommand(
             CommandSchema(
+                "blockdev-snapshot-internal-sync", argumentsOf: "BlockdevSnapshotInternal"),
+            StorageDaemon.snapshotInternal),
+        DaemonCommand(
+            CommandSchema(
+                "blockdev-snapshot-delete-internal-sync", .required("device", .string),
+                .optional("id", .string), .optional("name", .string),
+                result: .named("SnapshotInfo")),
+            StorageDaemon.snapshotDeleteInternal),
+        DaemonCommand(
+            CommandSchema(
                 "block_resize", .optional("device", .string), .optional("node-name", .string),
                 .required("size", .integer)),
             StorageDaemon.blockResize),

@@ -73,6 +73,9 @@ extension StorageDaemon {
             result["cluster-size"] = .integer(information.clusterSize)
         }
         if information.isDirty { result["dirty-flag"] = true }
+        if let snapshots = node.driver.snapshotStore?.internalSnapshots, !snapshots.isEmpty {
+            result["snapshots"] = .array(snapshots.map(\.json))
+        }
         if let specific = information.formatSpecific { result["format-specific"] = specific }
         if let backing = node.backing?.node {
             result["backing-filename"] = .string(backing.driver.filename)

@@ -45,6 +45,8 @@ extension StorageDaemon {
                     .init("blockdev-add", "BlockdevOptionsWrapper"),
                     .init("blockdev-replace", "BlockdevReplaceWrapper"),
                     .init("block-export-add", "BlockExportOptionsWrapper"),
+                    .init(
+                        "blockdev-snapshot-internal-sync", "BlockdevSnapshotInternalWrapper"),
                     .init("block-dirty-bitmap-add", "BlockDirtyBitmapAddWrapper"),
                     .init("block-dirty-bitmap-remove", "BlockDirtyBitmapWrapper"),
                     .init("block-dirty-bitmap-clear", "BlockDirtyBitmapWrapper"),
@@ -55,6 +57,7 @@ extension StorageDaemon {
         "TransactionActionKind": .enumeration(
             [
                 "abort", "blockdev-add", "blockdev-replace", "block-export-add",
+                "blockdev-snapshot-internal-sync",
             ] + BitmapAction.allCases.map(\.rawValue)),
         "Abort": .object(ObjectSchema([])),
         "AbortWrapper": .object(ObjectSchema([.optional("data", .named("Abort"))])),
@@ -64,6 +67,17 @@ extension StorageDaemon {
             ObjectSchema([.required("data", .named("BlockdevReplace"))])),
         "BlockExportOptionsWrapper": .object(
             ObjectSchema([.required("data", .named("BlockExportOptions"))])),
+        "BlockdevSnapshotInternalWrapper": .object(
+            ObjectSchema([.required("data", .named("BlockdevSnapshotInternal"))])),
+        "BlockdevSnapshotInternal": .object(
+            ObjectSchema([.required("device", .string), .required("name", .string)])),
+        "SnapshotInfo": .object(
+            ObjectSchema([
+                .required("id", .string), .required("name", .string),
+                .required("vm-state-size", .integer), .required("date-sec", .integer),
+                .required("date-nsec", .integer), .required("vm-clock-sec", .integer),
+                .required("vm-clock-nsec", .integer), .optional("icount", .integer),
+            ])),
         "TransactionProperties": .object(
             ObjectSchema([.optional("completion-mode", .named("ActionCompletionMode"))])),
         "ActionCompletionMode": .enumeration(["individual", "grouped"]),
@@ -274,7 +288,13 @@ extension StorageDaemon {
                 .optional("cbw-timeout", .integer), .optional("min-cluster-size", .integer),
             ]
         ),
-        ("snapshot-access", [.required("file", .named("BlockdevRef"))]),
+        (
+            "snapshot-access",
+            [
+                .required("file", .named("BlockdevRef")), .optional("snapshot-id", .string),
+                .optional("snapshot-name", .string),
+            ]
+        ),
     ]
 
     private static let nullOptions: [SchemaMember] = [

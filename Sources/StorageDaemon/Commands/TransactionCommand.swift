@@ -109,6 +109,11 @@ extension StorageDaemon {
             return Undo(afterwards: { [self] () throws(BlockError) in
                 _ = try await blockExportDel(["id": .string(identifier), "mode": "hard"])
             })
+        case "blockdev-snapshot-internal-sync":
+            let (node, snapshot) = try await createInternalSnapshot(data)
+            return Undo(atOnce: { [graph] () throws(BlockError) in
+                try await graph.deleteSnapshot(snapshot.identifier, of: node)
+            })
         case "abort":
             throw BlockError(.cancelled, "the transaction was aborted by its 'abort' action")
         default:

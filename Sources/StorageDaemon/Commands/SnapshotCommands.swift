@@ -1,0 +1,51 @@
+import BlockCore
+import BlockGraph
+import QMP
+
+// Snapshots inside images.
+
+extension StorageDaemon {
+    /// `blockdev-snapshot-internal-sync`.
+    func snapshotInternal(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        _ = try await createInternalSnapshot(arguments)
+        return [:]
+    }
+
+    /// Makes a snapshot, as the command and the transaction's action do.
+    func createInternalSnapshot(
+        _ arguments: JSONValue
+    ) async throws(BlockError) -> (node: BlockNode, snapshot: InternalSnapshot) {
+        let reader = try OptionReader(arguments, of: "blockdev-snapshot-internal-sync")
+        let device = try reader.required("device")
+        let name = try reader.required("name")
+        try reader.finish()
+        guard !name.isEmpty else {
+            throw BlockError(.invalidArgument, "a snapshot's name cannot be empty")
+        }
+        let node = try graph.requireNode(named: device)
+        guard try node.requireSnapshotStore().snapshot(SnapshotSelector(name: name)) == nil else {
+            throw BlockError(
+                .alreadyExists, "there is a snapshot '\(name)' already", node: node.name)
+        }
+        return (node, try await graph.createSnapshot(name, of: node, at: .now))
+    }
+
+    /// `blockdev-snapshot-delete-internal-sync`.
+    func snapshotDeleteInternal(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        let reader = try OptionReader(arguments, of: "blockdev-snapshot-delete-internal-sync")
+        let device = try reader.required("device")
+        let selector = SnapshotSelector(
+            identifier: try reader.string("id"), name: try reader.string("name"))
+        try reader.finish()
+        guard selector.identifier != nil || selector.name != nil else {
+            throw BlockError(.invalidArgument, "give 'id' or 'name'")
+        }
+        let node = try graph.requireNode(named: device)
+        guard let snapshot = try node.requireSnapshotStore().snapshot(selector) else {
+            throw BlockError(
+                .notFound, "there is no snapshot \(selector.text)", node: node.name)
+        }
+        try await graph.deleteSnapshot(snapshot.identifier, of: node)
+        return snapshot.json
+    }
+}
