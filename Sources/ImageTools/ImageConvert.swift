@@ -133,7 +133,6 @@ public struct ImageConvert: Sendable {
     }
 
     private func refuseMissing() throws(BlockError) {
-        if snapshot != nil { throw BlockError(.unsupported, "-l is not supported") }
         if copiesBitmaps { throw BlockError(.unsupported, "--bitmaps is not supported") }
     }
 
@@ -163,13 +162,19 @@ public struct ImageConvert: Sendable {
     private func openSources(in session: ToolSession) async throws(BlockError) -> [Edge] {
         var users: [Edge] = []
         for source in sources {
+            let user = "conversion of '\(source.name)'"
             // Nobody else may change it meanwhile.
-            users.append(
-                try await session.use(
-                    source, as: "conversion of '\(source.name)'",
-                    Access(
-                        uses: .consistentRead,
-                        shares: source.sharesAll ? .all : [.consistentRead, .writeUnchanged])))
+            let access = Access(
+                uses: .consistentRead,
+                shares: source.sharesAll ? .all : [.consistentRead, .writeUnchanged])
+            if let snapshot {
+                let node = try await session.openSnapshot(
+                    snapshot, of: try await session.open(source))
+                defer { node.release("command") }
+                users.append(try session.graph.attach(NamedUser(user), to: node, access))
+            } else {
+                users.append(try await session.use(source, as: user, access))
+            }
         }
         return users
     }

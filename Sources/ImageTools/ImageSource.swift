@@ -15,6 +15,8 @@ public struct ImageSource: Sendable {
     public var discards = false
     public var zeroDetection: String?
     public var asynchronousIO: String?
+    /// Writes go to a temporary image above it, which is gone when it is closed (`-s`).
+    public var isTemporary = false
     /// Others may write meanwhile (`-U`).
     public var sharesAll = false
     /// Called when a writable image's format was found out to be raw: what a guest writes is held

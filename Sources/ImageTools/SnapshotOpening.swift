@@ -3,6 +3,14 @@ import BlockGraph
 import BlockIO
 import QMP
 
+#if canImport(Glibc)
+import Glibc
+#elseif canImport(Musl)
+import Musl
+#elseif canImport(Darwin)
+import Darwin
+#endif
+
 // Images at one of their snapshots, and images that forget what is written to them.
 
 extension SnapshotSelector {
@@ -49,6 +57,21 @@ extension ToolSession {
                 "driver": "snapshot-access", "read-only": true, "file": .string(node.name),
                 "snapshot-id": .string(found.identifier),
             ])
+    }
+
+    /// Opens an image to be read, below a temporary one that takes the writes.
+    ///
+    /// - Returns: the temporary image's node, held as "command".
+    func openTemporary(_ source: ImageSource) async throws(BlockError) -> BlockNode {
+        var below = source
+        below.isTemporary = false
+        below.isWritable = false
+        return try await openOverlay(above: try await open(below), in: Self.temporaryFolder)
+    }
+
+    /// Where temporary images go: `$TMPDIR`, or else `/var/tmp`.
+    public static var temporaryFolder: String {
+        getenv("TMPDIR").map { String(cString: $0) } ?? "/var/tmp"
     }
 
     /// Opens a part of a node: from byte `start` on.

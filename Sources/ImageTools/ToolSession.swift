@@ -59,6 +59,11 @@ public final class ToolSession: Sendable {
     public func use(
         _ source: ImageSource, as user: String, _ access: Access = .read
     ) async throws(BlockError) -> Edge {
+        if source.isTemporary {
+            let node = try await openTemporary(source)
+            defer { node.release("command") }
+            return try graph.attach(NamedUser(user), to: node, access)
+        }
         let node = try await graph.open(try await options(for: source))
         defer { node.release("opening") }
         return try graph.attach(NamedUser(user), to: node, access)

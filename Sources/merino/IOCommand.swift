@@ -34,7 +34,10 @@ struct IOCommand: ParsableCommand {
         name: [.customShort("i", allowingJoined: true), .long],
         help: "threads, native or io_uring.")
     var aio: String?
-    @Flag(name: [.customShort("s"), .long], help: "Not supported.") var snapshot = false
+    @Flag(
+        name: [.customShort("s"), .long],
+        help: "Write to a temporary file, which is gone at the end.")
+    var snapshot = false
     @Flag(name: [.customShort("C"), .customLong("copy-on-read")], help: "Not supported.")
     var copyOnRead = false
     @Flag(name: [.customShort("m"), .long], help: "Taken for compatibility; does nothing.")
@@ -62,10 +65,10 @@ struct IOCommand: ParsableCommand {
 
     private var source: ImageSource {
         get throws(BlockError) {
-            for (isGiven, name) in [(snapshot, "--snapshot"), (copyOnRead, "--copy-on-read")]
-            where isGiven { throw .notThere(name) }
+            if copyOnRead { throw .notThere("--copy-on-read") }
             var source = try image.source(file ?? "")
             source.isWritable = !readOnly
+            source.isTemporary = snapshot && !readOnly
             source.cache = nocache ? .none : try CacheMode(named: cache)
             source.discards = try ImageSource.discards(mode: discard)
             source.asynchronousIO = nativeAIO ? "native" : aio

@@ -229,8 +229,7 @@ struct ServeOpening: ParsableArguments {
         var node = try await session.open(source)
         if let loadSnapshot { node = try await session.openSnapshot(loadSnapshot, of: node) }
         if snapshot, isWritable {
-            let folder = getenv("TMPDIR").map { String(cString: $0) } ?? "/var/tmp"
-            node = try await session.openOverlay(above: node, in: folder)
+            node = try await session.openOverlay(above: node, in: ToolSession.temporaryFolder)
         }
         if start > 0 { node = try await session.openWindow(of: node, from: start) }
         return node

@@ -383,6 +383,50 @@ import Testing
         }
     }
 
+    /// Any answer but a trap, whatever is asked of a damaged image.
+    @Test func damagedImagesWithSnapshotsNeverTrap() async throws {
+        let folder = try QCOW2TestFolder()
+        try await folder.create("good.qcow2", ["size": 200_192, "cluster-size": 512])
+        try await folder.open("good.qcow2") { edge throws(BlockError) in
+            for index in 0..<3 {
+                try await Self.fill(edge, index * 20_000..<90_000, UInt8(index + 1))
+                try await Self.create(edge, "s\(index)")
+            }
+        }
+        let good = try folder.bytes("good.qcow2")
+        let header = try QCOW2HeaderTests.parse(good)
+        for seed in 1...120 {
+            var random = QCOW2TestRandom(seed: seed)
+            var bytes = good
+            let places = [0, header.snapshotsOffset, header.l1Offset, header.refcountTableOffset]
+            for _ in 0...random.next(below: 6) {
+                // Mostly where tables are.
+                let start = random.next(below: 3) == 0 ? 0 : places[random.next(below: 4)]
+                let room = start == 0 ? bytes.count : min(512, bytes.count - start)
+                let place = start + random.next(below: room)
+                bytes[place] = [0, 0xff, UInt8(random.next(below: 256))][random.next(below: 3)]
+            }
+            try folder.write(bytes, "bad.qcow2")
+            try? await folder.open("bad.qcow2") { edge throws(BlockError) in
+                guard edge.size < 1 << 30 else { return }
+                let store = try edge.node.requireSnapshotStore()
+                for snapshot in store.internalSnapshots where snapshot.diskSize < 1 << 30 {
+                    let source = try? await store.openSnapshot(snapshot.identifier, for: edge.node)
+                    guard let source else { continue }
+                    defer { source.close() }
+                    let vector = try IOVector(allocating: min(source.snapshotSize, 200_000))
+                    try? await source.readSnapshot(0, into: vector)
+                }
+                try? await Self.create(edge, "new")
+                try? await Self.apply(edge, "s1")
+                try? await Self.delete(edge, "s0")
+                try? await Self.fill(edge, 0..<min(edge.size, 100_000), 9)
+                try? await edge.resize(to: 300_032)
+                try? await Self.apply(edge, "s2")
+            }
+        }
+    }
+
     @Test func aTableThatIsCutShortIsRefusedByName() async throws {
         let folder = try QCOW2TestFolder()
         try await folder.create("a.qcow2", ["size": .integer(1 << 20)])

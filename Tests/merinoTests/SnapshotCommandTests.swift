@@ -87,6 +87,30 @@ import Testing
         #expect(same.status == 0, "\(same.output)")
     }
 
+    @Test func aSnapshotIsConverted() throws {
+        let place = try Workplace()
+        try image(place)
+        for (own, peers) in [("one", "snapshot.name=one"), ("snapshot.id=2", "snapshot.id=2")] {
+            try place.tool(
+                "qemu-img", "convert", "-l", peers, "-O", "raw", "a.qcow2", "peer.raw")
+            let result = try place.merino("convert", "-l", own, "-O", "qcow2", "a.qcow2", "b.qcow2")
+            #expect(result.status == 0, "\(result.errors)")
+            let same = try place.tool("qemu-img", "compare", "b.qcow2", "peer.raw")
+            #expect(same.status == 0, "\(same.output)")
+        }
+    }
+
+    @Test func theExerciserWritesToATemporaryImage() throws {
+        let place = try Workplace()
+        try image(place)
+        let before = try place.tool("sha256sum", "a.qcow2").output
+        let result = try place.merino(
+            "io", "-s", "-c", "write -P 9 1M 1M", "-c", "read -P 9 1M 1M", "-c", "read -P 3 2M 2M",
+            "a.qcow2")
+        #expect(result.status == 0, "\(result.output) \(result.errors)")
+        #expect(try place.tool("sha256sum", "a.qcow2").output == before)
+    }
+
     @Test func aTemporaryOverlayTakesTheWrites() throws {
         let place = try Workplace()
         try image(place)

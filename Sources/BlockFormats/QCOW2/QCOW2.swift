@@ -26,6 +26,8 @@ enum QCOW2 {
         static let snapshotTableBytesMax = 64 << 20
         /// Of one entry.
         static let snapshotExtraBytesMax = 1024
+        /// L1 entries of snapshots whose L2 tables `overlap-check=all` looks after.
+        static let snapshotL2CheckedMax = 1 << 22
         /// Of new snapshots: what other tools can show.
         static let snapshotNameBytesMax = 255
         /// Host offsets have 56 bits.

@@ -24,7 +24,7 @@ extension QCOW2Driver {
         try await addTables(of: image.l1, to: &counts)
         try add(snapshotTable.offset >> bits, snapshotTable.count >> bits, to: &counts)
         for snapshot in snapshots {
-            let clusters = max(1, geometry.clusterCount(for: snapshot.l1EntryCount * 8))
+            let clusters = geometry.clusterCount(for: snapshot.l1EntryCount * 8)
             try add(snapshot.l1Offset >> bits, clusters, to: &counts)
             try await addTables(of: try await readL1(of: snapshot), to: &counts)
         }

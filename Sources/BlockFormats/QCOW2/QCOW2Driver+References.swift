@@ -195,6 +195,10 @@ extension QCOW2Driver {
                 }
             }
         }
-        if isChanged { try await file.write(offset, from: IOVector(table)) }
+        guard isChanged else { return }
+        if let name = image.fixedOverlap(offset, table.count) {
+            throw await image.corruption("an L2 table at \(offset) lies over the \(name)")
+        }
+        try await file.write(offset, from: IOVector(table))
     }
 }

@@ -63,12 +63,15 @@ extension QCOW2Driver: InternalSnapshotStore {
         var isRetained = false
         var copy: QCOW2Refcounts.Allocation?
         do throws(BlockError) {
-            let place = try await refcounts.allocate(exactly: l1Clusters(image.l1.count))
-            copy = place
-            snapshot.l1Offset = place.offset
+            if !image.l1.isEmpty {
+                copy = try await refcounts.allocate(exactly: l1Clusters(image.l1.count))
+            }
             let shared = try await changeReferences(of: image.l1, .retain)
             isRetained = true
-            try await writeL1(shared, to: place)
+            if let copy {
+                snapshot.l1Offset = copy.offset
+                try await writeL1(shared, to: copy)
+            }
             image.l1 = shared
             try await writeActiveL1()
             try await replaceTable(with: snapshots + [snapshot], endsChange: true)
@@ -158,8 +161,14 @@ extension QCOW2Driver: InternalSnapshotStore {
                 .busy, "dirty bitmaps follow the changes of the disk; a snapshot would escape them",
                 remedy: "remove the bitmaps first", node: node.name)
         }
-        try await prepareChange()
         let size = diskSize(of: snapshot)
+        guard size <= geometry.sizeMax else {
+            throw BlockError(
+                .corrupt,
+                "the snapshot's disk of \(size) bytes is too large for clusters of "
+                    + "\(geometry.clusterSize) bytes", remedy: "repair the image", node: node.name)
+        }
+        try await prepareChange()
         let old = (l1: image.l1, offset: image.header.l1Offset)
         let kept = try await readL1(of: snapshot)
         let entries = max(kept.count, geometry.l1EntryCount(for: size))
@@ -370,7 +379,7 @@ extension QCOW2Driver: InternalSnapshotStore {
     }
 
     private func l1Clusters(_ entries: Int) -> Int {
-        max(1, geometry.clusterCount(for: entries * 8))
+        geometry.clusterCount(for: entries * 8)
     }
 
     /// Fills the clusters of `place`.
@@ -423,11 +432,11 @@ extension QCOW2Driver: InternalSnapshotStore {
         let most = min(QCOW2.Limit.snapshotTableBytesMax, max(0, file.size - start))
         var wanted = min(most, max(4096, header.snapshotCount * 128))
         while true {
-            let vector = try IOVector(allocating: wanted)
-            try await file.read(start, into: vector)
-            guard let bytes = vector.single?.bytes else { break }
+            let memory = try IOBuffer(count: max(wanted, 1)).prefix(wanted)
+            if wanted > 0 { try await file.read(start, into: IOVector(memory)) }
             let parsed = try QCOW2.Snapshot.parseTable(
-                UnsafeRawBufferPointer(bytes), count: header.snapshotCount, geometry: geometry)
+                UnsafeRawBufferPointer(memory.bytes), count: header.snapshotCount,
+                geometry: geometry)
             if case .entries(let entries, let count) = parsed {
                 snapshots = entries
                 let clusters = geometry.clusterCount(for: count)
@@ -449,20 +458,18 @@ extension QCOW2Driver: InternalSnapshotStore {
     /// Where writes of data must not go.
     private func noteSnapshotClusters() async throws(BlockError) {
         guard image.overlapCheck != .none, image.overlapCheck != .constant else { return }
-        let bits = geometry.clusterBits
-        var clusters = Set<Int>()
-        func add(_ offset: Int, _ count: Int) {
-            for cluster in (offset >> bits)..<(offset >> bits + count) { clusters.insert(cluster) }
-        }
-        add(snapshotTable.offset, snapshotTable.count >> bits)
+        var tables = [snapshotTable.offset..<snapshotTable.end]
+        var entriesLeft = QCOW2.Limit.snapshotL2CheckedMax
         for snapshot in snapshots {
-            add(snapshot.l1Offset, l1Clusters(snapshot.l1EntryCount))
-            guard image.overlapCheck == .all else { continue }
+            let bytes = l1Clusters(snapshot.l1EntryCount) << geometry.clusterBits
+            tables.append(snapshot.l1Offset..<(snapshot.l1Offset + bytes))
+            entriesLeft -= snapshot.l1EntryCount
+            guard image.overlapCheck == .all, entriesLeft >= 0 else { continue }
             for entry in try await readL1(of: snapshot) {
                 let table = QCOW2.L1Entry(rawValue: entry).offset
-                if table != 0 { add(table, 1) }
+                if table != 0 { tables.append(table..<(table + geometry.clusterSize)) }
             }
         }
-        image.snapshotClusters = clusters
+        image.setSnapshotTables(tables)
     }
 }

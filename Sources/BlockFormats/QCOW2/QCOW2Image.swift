@@ -16,8 +16,8 @@ final class QCOW2Image {
     var overlapCheck = OverlapCheck.cached
     /// Clusters of L2 tables and refcount blocks, by cluster number.
     private var tableClusters = Set<Int>()
-    /// Clusters of the snapshots' own tables.
-    var snapshotClusters = Set<Int>()
+    /// Bytes of the snapshots' own tables: apart from each other, in order.
+    private var snapshotTables: [Range<Int>] = []
     /// Set once the image is found corrupt: nothing is written any more.
     private(set) var writeFailure: BlockError?
     /// Told once, with what was found.
@@ -106,12 +106,49 @@ final class QCOW2Image {
         var cluster = host >> geometry.clusterBits
         while cluster <= last {
             if tableClusters.contains(cluster) { return "table of the image" }
-            if !snapshotClusters.isEmpty, snapshotClusters.contains(cluster) {
-                return "table of a snapshot"
-            }
             cluster += 1
         }
+        if !snapshotTables.isEmpty, overlapsSnapshotTable(host..<(host + count)) {
+            return "table of a snapshot"
+        }
         return nil
+    }
+
+    /// The structure of fixed place that a write of a table at `host` would destroy.
+    func fixedOverlap(_ host: Int, _ count: Int) -> String? {
+        if host < geometry.clusterSize { return "header" }
+        let range = ByteRange(host, count)
+        if range.overlaps(ByteRange(header.l1Offset, l1.count << 3)) { return "L1 table" }
+        let bytes = header.refcountTableClusters << geometry.clusterBits
+        if range.overlaps(ByteRange(header.refcountTableOffset, bytes)) { return "refcount table" }
+        return nil
+    }
+
+    /// - Parameter tables: in any order; they may overlap.
+    func setSnapshotTables(_ tables: [Range<Int>]) {
+        snapshotTables = []
+        for range in tables.sorted(by: { $0.lowerBound < $1.lowerBound }) where !range.isEmpty {
+            if let last = snapshotTables.last, range.lowerBound <= last.upperBound {
+                snapshotTables[snapshotTables.count - 1] =
+                    last.lowerBound..<max(last.upperBound, range.upperBound)
+            } else {
+                snapshotTables.append(range)
+            }
+        }
+    }
+
+    private func overlapsSnapshotTable(_ range: Range<Int>) -> Bool {
+        // The first that ends past the range's start.
+        var (low, high) = (0, snapshotTables.count)
+        while low < high {
+            let middle = (low + high) / 2
+            if snapshotTables[middle].upperBound > range.lowerBound {
+                high = middle
+            } else {
+                low = middle + 1
+            }
+        }
+        return low < snapshotTables.count && snapshotTables[low].lowerBound < range.upperBound
     }
 
     /// Refuses to write data over the image's own structures, and marks the image corrupt.
