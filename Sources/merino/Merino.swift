@@ -10,7 +10,7 @@ import ArgumentParser
             DaemonCommand.self, ServeCommand.self, FleeceCommand.self, CreateCommand.self,
             InfoCommand.self,
             MapCommand.self, ConvertCommand.self, CompareCommand.self,
-            IOCommand.self, SnapshotCommand.self,
+            IOCommand.self, SnapshotCommand.self, ExportCommand.self,
         ])
 
     private static let line = CommandLineName(CommandLine.arguments)

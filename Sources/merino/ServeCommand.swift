@@ -5,6 +5,7 @@ import BlockGraph
 import BlockIO
 import ImageTools
 import QMP
+import StorageDaemon
 
 #if canImport(Glibc)
 import Glibc
@@ -67,6 +68,9 @@ struct ServeCommand: ParsableCommand {
     var object: [String] = []
     @Option(name: .customLong("pid-file"), help: "Write the process's number here when ready.")
     var pidFile: String?
+    @Flag(
+        name: .customLong("print-uri"), help: "Print the export's NBD URI when clients can come.")
+    var printURI = false
     @Flag(name: .customLong("fork"), help: "Return when ready; go on in the background.")
     var forks = false
 
@@ -149,11 +153,24 @@ struct ServeCommand: ParsableCommand {
         let signals = try SignalSource([SIGINT, SIGTERM, SIGHUP], on: thread)
         if !persistent { server.lastClientLeft = { signals.cancel() } }
         if let pidFile { try Background.writeNumber(to: pidFile) }
+        if printURI { StandardOutput.print(try uri() + "\n") }
         Background.ready()
         CodePages.release(after: 1, on: thread)
         _ = await signals.next()
         if let pidFile { Background.removeNumber(at: pidFile) }
         try await server.stop()
+    }
+
+    private func uri() throws(BlockError) -> String {
+        if let socket {
+            return try NBDURI.text(
+                address: ["type": "unix", "path": .string(socket)], export: exportName)
+        }
+        return try NBDURI.text(
+            address: [
+                "type": "inet", "host": .string(bind ?? "0.0.0.0"),
+                "port": .string(String(port ?? 10809)),
+            ], export: exportName)
     }
 
     private func address() throws(BlockError) -> SocketAddress {

@@ -14,10 +14,11 @@ struct QCOW2Variant: Sendable, CustomTestStringConvertible {
     var isLazy = false
     var preallocation = "off"
     var hasBacking = false
+    var hasSubclusters = false
 
     var testDescription: String {
         "\(version), \(clusterSize), \(refcountBits) bits, lazy \(isLazy), \(preallocation), "
-            + "backing \(hasBacking)"
+            + "backing \(hasBacking)\(hasSubclusters ? ", subclusters" : "")"
     }
 
     static let all: [QCOW2Variant] = [
@@ -34,6 +35,10 @@ struct QCOW2Variant: Sendable, CustomTestStringConvertible {
         QCOW2Variant(clusterSize: 4096, refcountBits: 4, preallocation: "falloc"),
         QCOW2Variant(clusterSize: 512, preallocation: "full"),
         QCOW2Variant(hasBacking: true),
+        QCOW2Variant(hasSubclusters: true),
+        QCOW2Variant(clusterSize: 16384, hasBacking: true, hasSubclusters: true),
+        QCOW2Variant(clusterSize: 2 << 20, hasBacking: true, hasSubclusters: true),
+        QCOW2Variant(preallocation: "metadata", hasSubclusters: true),
     ]
 
     func options(size: Int) -> JSONValue {
@@ -42,6 +47,7 @@ struct QCOW2Variant: Sendable, CustomTestStringConvertible {
             "cluster-size": .integer(clusterSize), "refcount-bits": .integer(refcountBits),
             "lazy-refcounts": .bool(isLazy), "preallocation": .string(preallocation),
         ]
+        if hasSubclusters { options["extended-l2"] = true }
         if hasBacking {
             options["backing-file"] = "base.img"
             options["backing-fmt"] = "raw"
@@ -182,7 +188,7 @@ struct QCOW2Variant: Sendable, CustomTestStringConvertible {
     }
 
     @Test(arguments: [
-        (["-o", "extended_l2=on"], "extended L2"), (["-o", "data_file=x.data"], "external data"),
+        (["-o", "data_file=x.data"], "external data")
     ])
     func imagesThatNeedMoreAreRefusedByName(options: [String], name: String) async throws {
         let folder = try QCOW2TestFolder()
@@ -194,6 +200,65 @@ struct QCOW2Variant: Sendable, CustomTestStringConvertible {
             #expect(error.code == .unsupported)
             #expect(error.message.contains(name), "\(error)")
         }
+    }
+
+    @Test(arguments: 1...3) func subclustersOfQEMUAreReadAndWritten(seed: Int) async throws {
+        let folder = try QCOW2TestFolder()
+        let size = 4 << 20
+        let base = Self.pattern(3 << 20, seed: seed)
+        try folder.write(base, "base.img")
+        try folder.run([
+            "qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=64k",
+            "-b", "base.img", "-F", "raw", "a.qcow2", "\(size)",
+        ])
+        var random = QCOW2TestRandom(seed: seed)
+        for _ in 0..<3 {
+            // Each in turn leaves clusters that are there in part.
+            var commands: [String] = []
+            for _ in 0..<40 {
+                let offset = random.next(below: size / 512 - 200) * 512
+                let count = (1 + random.next(below: random.next(below: 2) == 0 ? 8 : 200)) * 512
+                let kind = ["write -P \(1 + random.next(below: 250))", "write -z", "write -zu"][
+                    random.next(below: 6) / 2 % 3]
+                commands += ["-c", "\(kind) \(offset) \(count)"]
+            }
+            try folder.run(["qemu-io", "-f", "qcow2"] + commands + ["a.qcow2"])
+            try folder.run(["qemu-img", "convert", "-O", "raw", "a.qcow2", "peer.img"])
+            let start = try folder.bytes("peer.img")
+            #expect(try await folder.contents("a.qcow2") == start, "seed \(seed)")
+            let loadSeed = random.next(below: 1 << 30)
+            let (end, wrong) = try await folder.open("a.qcow2") { edge throws(BlockError) in
+                let load = QCOW2Load(edge, seed: loadSeed, model: start)
+                try await load.run(steps: 150)
+                return (load.model, load.wrong)
+            }
+            #expect(wrong == [], "seed \(seed)")
+            try folder.check("a.qcow2")
+            try folder.write(end, "model.img")
+            try folder.run([
+                "qemu-img", "compare", "-f", "qcow2", "-F", "raw", "a.qcow2", "model.img",
+            ])
+        }
+    }
+
+    @Test func aSmallWriteAllocatesASubclusterOnly() async throws {
+        let folder = try QCOW2TestFolder()
+        try folder.write(Self.pattern(1 << 20, seed: 1), "base.img")
+        try await folder.create(
+            "a.qcow2",
+            [
+                "size": .integer(1 << 20), "extended-l2": true, "backing-file": "base.img",
+                "backing-fmt": "raw",
+            ])
+        try await folder.open("a.qcow2") { edge throws(BlockError) in
+            let vector = try IOVector(allocating: 512)
+            vector.fill(1)
+            try await edge.write(70_000, from: vector)
+        }
+        try folder.check("a.qcow2")
+        let map = try folder.run(["qemu-img", "map", "--output=json", "a.qcow2"])
+        // Subclusters of 2 KiB.
+        #expect(map.contains("\"start\": 69632, \"length\": 2048, \"depth\": 0"), "\(map)")
     }
 
     @Test func writingAnImageLeavesItsSnapshotsAlone() async throws {

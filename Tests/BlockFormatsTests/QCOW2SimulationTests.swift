@@ -102,6 +102,42 @@ import Testing
         }
     }
 
+    @Test func withSubclustersAnImageLeaksAtWorst() async throws {
+        for seed in 1...10 as ClosedRange<UInt64> {
+            let simulation = Simulation(seed: seed)
+            try await Self.create(
+                simulation, clusterSize: 16384, isLazy: false, more: ["extended-l2": true])
+            let model = Model()
+            simulation.options.crashNanoseconds = 3_000_000 + seed * 17_000_000
+            var options = RandomRequests.Options()
+            options.count = 400
+            let requests = options
+            let outcome = try await simulation.boot { thread throws(BlockError) in
+                try await Self.use(thread) { edge throws(BlockError) in
+                    let run = RandomRequests(edge, model.shadow, seed: seed, requests)
+                    await run.run()
+                    return run.violations
+                }
+            }
+            if case .finished(let violations) = outcome {
+                #expect(violations == [], "seed \(seed)")
+            } else {
+                model.shadow.crash()
+            }
+            try Self.check(simulation)
+            simulation.options.crashNanoseconds = nil
+            let violations = try await simulation.run { thread throws(BlockError) in
+                try await Self.use(thread) { edge throws(BlockError) in
+                    let run = RandomRequests(edge, model.shadow, seed: seed, requests)
+                    await run.verify()
+                    return run.violations
+                }
+            }
+            #expect(violations == [], "seed \(seed)")
+            try Self.check(simulation)
+        }
+    }
+
     @Test(arguments: [512, 65536]) func failingWritesLeakAtWorst(clusterSize: Int) async throws {
         for seed in 1...10 as ClosedRange<UInt64> {
             let simulation = Simulation(seed: seed)

@@ -69,6 +69,7 @@ import Testing
         Case(options: ["size": 3_000_320, "cluster-size": 4096, "refcount-bits": 64]),
         Case(options: ["size": 3_000_320, "cluster-size": 2_097_152]),
         Case(options: ["size": 3_000_320, "cluster-size": 65536, "version": "v2"]),
+        Case(options: ["size": 3_000_320, "cluster-size": 65536, "extended-l2": true]),
         Case(
             options: [
                 "size": 3_000_320, "cluster-size": 65536, "backing-file": "base.img",

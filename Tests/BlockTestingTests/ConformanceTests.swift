@@ -47,6 +47,10 @@ private let graphs: [String: JSONValue] = [
         "backing": ["driver": "file", "filename": "/disk"]
     ]),
     "qcow2, preallocated, detect-zeroes": qcow2(["detect-zeroes": "unmap"]),
+    "qcow2, subclusters": qcow2(),
+    "qcow2, subclusters over a raw image": qcow2([
+        "backing": ["driver": "file", "filename": "/disk"]
+    ]),
     "qcow2, with a snapshot": qcow2(),
 ]
 
@@ -68,6 +72,8 @@ private let creations: [String: JSONValue] = [
     "qcow2, over a raw image": ["cluster-size": 4096],
     "qcow2, version 2 over a raw image": ["version": "v2", "cluster-size": 4096],
     "qcow2, preallocated, detect-zeroes": ["preallocation": "metadata"],
+    "qcow2, subclusters": ["extended-l2": true],
+    "qcow2, subclusters over a raw image": ["extended-l2": true, "cluster-size": 16384],
     "qcow2, with a snapshot": ["cluster-size": 16384],
 ]
 

@@ -87,6 +87,23 @@ import Testing
         #expect(same.status == 0, "\(same.output)")
     }
 
+    @Test func anExportSaysWhereItIsRead() throws {
+        let place = try Workplace()
+        try image(place)
+        let result = try place.tool(
+            "bash", "-c",
+            """
+            \(URL(fileURLWithPath: Workplace.merino).path) export --snapshot one a.qcow2 > uri &
+            for attempt in $(seq 200); do test -s uri && break; sleep 0.1; done
+            nbdcopy "$(cat uri)" one.raw && nbdinfo --can write "$(cat uri)"; echo "write $?"
+            kill $!; wait
+            """)
+        #expect(result.output.contains("write 2"), "\(result.output) \(result.errors)")
+        try place.tool(
+            "qemu-img", "convert", "-l", "snapshot.name=one", "-O", "raw", "a.qcow2", "peer.raw")
+        #expect(try place.tool("cmp", "one.raw", "peer.raw").status == 0)
+    }
+
     @Test func aSnapshotIsConverted() throws {
         let place = try Workplace()
         try image(place)

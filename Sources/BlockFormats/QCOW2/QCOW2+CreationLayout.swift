@@ -91,7 +91,10 @@ extension QCOW2 {
                 let value =
                     cluster < dataClusterCount
                     ? L2Entry(cluster: dataOffset + cluster << geometry.clusterBits).rawValue : 0
-                table.storeBigEndian(value, at: entry * 8)
+                table.storeBigEndian(value, at: entry << geometry.l2EntryShift)
+                guard geometry.hasSubclusters else { continue }
+                table.storeBigEndian(
+                    value == 0 ? 0 : L2Entry.allAllocated, at: entry << geometry.l2EntryShift + 8)
             }
         }
 

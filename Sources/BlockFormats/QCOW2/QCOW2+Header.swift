@@ -70,7 +70,9 @@ extension QCOW2 {
         var extensions: [HeaderExtension] = []
 
         var geometry: Geometry {
-            Geometry(clusterBits: clusterBits, refcountOrder: refcountOrder)
+            Geometry(
+                clusterBits: clusterBits, refcountOrder: refcountOrder,
+                hasSubclusters: incompatible.contains(.extendedL2))
         }
     }
 }
@@ -204,8 +206,12 @@ extension QCOW2.Header {
                 "the image needs features that are not known: "
                     + names.joined(separator: ", "))
         }
-        if version == 3, incompatible.contains(.extendedL2) {
-            throw BlockError(.unsupported, "the image has extended L2 entries (subclusters)")
+        guard
+            !incompatible.contains(.extendedL2)
+                || clusterBits >= QCOW2.Limit.subclusteredClusterBitsMin
+        else {
+            throw BlockError(
+                .corrupt, "clusters of \(1 << clusterBits) bytes are too small for subclusters")
         }
         if incompatible.contains(.externalData) {
             throw BlockError(.unsupported, "the image has an external data file")

@@ -38,12 +38,32 @@ extension QCOW2 {
             case zeroAllocated
         }
 
-        var rawValue: UInt64
+        /// Of the subclusters (§Extended L2 entries): bits 0–31 are set for those that are
+        /// allocated, bits 32–63 for those that read as zeroes.
+        static let allAllocated: UInt64 = 0x0000_0000_ffff_ffff
+        static let allZero: UInt64 = 0xffff_ffff_0000_0000
 
-        @inline(__always) init(rawValue: UInt64) { self.rawValue = rawValue }
+        var rawValue: UInt64
+        /// The states of the subclusters; 0 where there are none.
+        var bitmap: UInt64 = 0
+
+        @inline(__always) init(rawValue: UInt64, bitmap: UInt64 = 0) {
+            self.rawValue = rawValue
+            self.bitmap = bitmap
+        }
         /// A data cluster that nothing else uses.
-        @inline(__always) init(cluster offset: Int) {
+        @inline(__always) init(cluster offset: Int, bitmap: UInt64 = 0) {
             rawValue = UInt64(offset) | Self.copiedFlag
+            self.bitmap = bitmap
+        }
+
+        /// An entry that reads as zeroes, in a cluster kept for it, or in none.
+        static func zero(
+            keeping rawValue: UInt64 = 0, hasSubclusters: Bool
+        ) -> L2Entry {
+            hasSubclusters
+                ? L2Entry(rawValue: rawValue, bitmap: allZero)
+                : L2Entry(rawValue: rawValue | zeroFlag)
         }
 
         @inline(__always) var isCopied: Bool { rawValue & Self.copiedFlag != 0 }
@@ -52,6 +72,19 @@ extension QCOW2 {
         /// Of a standard cluster; 0 when there is none.
         @inline(__always) var offset: Int { Int(rawValue & Self.offsetMask) }
 
+        /// The state of subcluster `index`.
+        @inline(__always)
+        func kind(ofSubcluster index: Int) -> Kind {
+            if isCompressed { return .compressed }
+            if bitmap & (1 << UInt64(32 + index)) != 0 {
+                return offset == 0 ? .zeroPlain : .zeroAllocated
+            }
+            // Allocated, without a cluster, there is none in an image that is whole.
+            return bitmap & (1 << UInt64(index)) != 0 && offset != 0 ? .normal : .unallocated
+        }
+
+        /// The state of the whole cluster; with subclusters, whether there is a cluster: `normal`.
+        ///
         /// - Parameter hasZeroFlag: version 3.
         @inline(__always)
         func kind(hasZeroFlag: Bool) -> Kind {

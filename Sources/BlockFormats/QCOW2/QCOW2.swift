@@ -20,6 +20,8 @@ enum QCOW2 {
         static let refcountTableBytesMax = 8 << 20
         static let backingNameBytesMax = 1023
         static let clusterBitsMin = 9
+        /// With subclusters, which have 512 bytes at least.
+        static let subclusteredClusterBitsMin = 14
         static let clusterBitsMax = 21
         static let refcountOrderMax = 6
         static let snapshotCountMax = 65_536
@@ -44,11 +46,17 @@ extension QCOW2 {
     struct Geometry: Equatable, Sendable {
         let clusterBits: Int
         let refcountOrder: Int
+        /// Extended L2 entries: each cluster has 32 subclusters with states of their own.
+        var hasSubclusters = false
 
         @inline(__always) var clusterSize: Int { 1 << clusterBits }
-        /// log2 of the entries in an L2 table, of 8 bytes each.
-        @inline(__always) var l2Bits: Int { clusterBits - 3 }
+        /// log2 of the bytes of an L2 entry: 8, or 16 with subclusters.
+        @inline(__always) var l2EntryShift: Int { hasSubclusters ? 4 : 3 }
+        /// log2 of the entries in an L2 table.
+        @inline(__always) var l2Bits: Int { clusterBits - l2EntryShift }
         @inline(__always) var l2EntryCount: Int { 1 << l2Bits }
+        /// log2 of the bytes that are allocated by themselves: a subcluster, or a cluster.
+        @inline(__always) var unitBits: Int { hasSubclusters ? clusterBits - 5 : clusterBits }
         /// log2 of the guest bytes that one L2 table maps.
         @inline(__always) var l2CoverageBits: Int { clusterBits + l2Bits }
         /// log2 of the clusters that one refcount block counts.

@@ -32,11 +32,11 @@ enum QCOW2Creation {
             throw BlockError(
                 .unsupported, "creating qcow2 images with \(what) ('\(name)') is not supported")
         }
-        for (name, what) in [
-            ("extended-l2", "extended L2 entries"), ("data-file-raw", "a raw external data file"),
-        ] where try options.bool(name) == true {
+        if try options.bool("data-file-raw") == true {
             throw BlockError(
-                .unsupported, "creating qcow2 images with \(what) ('\(name)') is not supported")
+                .unsupported,
+                "creating qcow2 images with a raw external data file ('data-file-raw') is not "
+                    + "supported")
         }
     }
 
@@ -93,6 +93,16 @@ enum QCOW2Creation {
         try need(isLazy, "lazy refcounts")
         try need(header.refcountOrder != 4, "refcounts of other than 16 bits")
         try need(compression == .zstd, "images compressed with zstd")
+        if try options.bool("extended-l2") == true {
+            try need(true, "extended L2 entries")
+            guard header.clusterBits >= QCOW2.Limit.subclusteredClusterBitsMin else {
+                throw BlockError(
+                    .invalidArgument,
+                    "extended L2 entries need clusters of 16 KiB or more, not of "
+                        + "\(1 << header.clusterBits) bytes", remedy: "use larger clusters")
+            }
+            header.incompatible.insert(.extendedL2)
+        }
         if isLazy { header.compatible.insert(.lazyRefcounts) }
         if compression == .zstd {
             header.compression = .zstd

@@ -28,6 +28,8 @@ final class QCOW2Allocation: @unchecked Sendable {
     private(set) var hostDifference = 0
     /// Guest bytes that this request writes, the copied rest included.
     private(set) var written = 0..<0
+    /// Guest bytes that are allocated when it is done: whole clusters, or subclusters.
+    var filled = 0..<0
     /// Guest bytes that it was asked to write.
     private(set) var data = 0..<0
     private var merged: [(offset: Int, vector: IOVector)] = []
@@ -55,8 +57,13 @@ final class QCOW2Allocation: @unchecked Sendable {
         switch state {
         case .placing, .ended: return .wait
         case .reading, .writing:
-            if !range.overlaps(written) { return .beside }
-            return state == .reading && !range.overlaps(data) ? .merge : .wait
+            if !range.overlaps(written) {
+                // Other subclusters have yet to be allocated.
+                let isFilled = filled.clamped(to: range) == range
+                return isFilled ? .beside : .wait
+            }
+            return state == .reading && !range.overlaps(data) && written.clamped(to: range) == range
+                ? .merge : .wait
         }
     }
 

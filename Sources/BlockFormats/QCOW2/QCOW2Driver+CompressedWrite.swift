@@ -99,12 +99,11 @@ extension QCOW2Driver {
         }
         for (step, place) in places.enumerated() {
             let index = (first + step) & mask
-            let entry = QCOW2.L2Entry(compressed: place, clusterBits: geometry.clusterBits)
-            replaced(
-                .init(rawValue: slice[index]), by: entry, discards: options.passDiscardOther)
+            let new = QCOW2.L2Entry(compressed: place, clusterBits: geometry.clusterBits)
+            replaced(entry(slice, index), by: new, discards: options.passDiscardOther)
             // The same place may have held something else before.
-            decompressed.remove(entry.rawValue)
-            slice[index] = entry.rawValue
+            decompressed.remove(new.rawValue)
+            setEntry(slice, index, new)
         }
         l2.markDirty(slice)
         hasNewLinks = true

@@ -257,7 +257,7 @@ extension QCOW2Driver {
             data["refcount-bits"] = .integer(1 << header.refcountOrder)
             if header.version == 3 {
                 data["corrupt"] = .bool(result.isCorrupt)
-                data["extended-l2"] = false
+                data["extended-l2"] = .bool(hasSubclusters)
             }
             result.formatSpecific = ["type": "qcow2", "data": .object(data)]
             return result

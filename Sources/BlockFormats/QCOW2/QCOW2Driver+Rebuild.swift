@@ -52,7 +52,8 @@ extension QCOW2Driver {
         try await readFile(table, into: content)
         guard let bytes = content.single?.bytes else { return }
         for index in 0..<geometry.l2EntryCount {
-            let raw: UInt64 = UnsafeRawBufferPointer(bytes).bigEndian(at: index * 8)
+            let raw: UInt64 = UnsafeRawBufferPointer(bytes).bigEndian(
+                at: index << geometry.l2EntryShift)
             let entry = QCOW2.L2Entry(rawValue: raw)
             switch entry.kind(hasZeroFlag: hasZeroFlag) {
             case .unallocated, .zeroPlain: continue

@@ -23,7 +23,7 @@ extension QCOW2 {
         ) throws(BlockError) {
             let bits = geometry.clusterBits
             for index in 0..<geometry.l2EntryCount {
-                let entry = L2Entry(rawValue: table.bigEndian(at: index * 8))
+                let entry = L2Entry(rawValue: table.bigEndian(at: index << geometry.l2EntryShift))
                 switch entry.kind(hasZeroFlag: hasZeroFlag) {
                 case .unallocated, .zeroPlain: continue
                 case .normal, .zeroAllocated:
@@ -181,11 +181,12 @@ extension QCOW2Driver {
         _ table: IOSlice, at offset: Int, _ runs: [QCOW2.TableReferences.Run]
     ) async throws(BlockError) {
         let bytes = table.bytes
+        let shift = geometry.l2EntryShift
         var isChanged = false
         for run in runs {
             guard let entry = run.entry else { continue }
             try await refcounts.visit(run.first, run.count) { cluster, value in
-                let place = (entry + cluster - run.first) * 8
+                let place = (entry + cluster - run.first) << shift
                 let old = UnsafeRawBufferPointer(bytes).bigEndian(at: place, as: UInt64.self)
                 let flag = value == 1 ? QCOW2.L2Entry.copiedFlag : 0
                 let new = old & ~QCOW2.L2Entry.copiedFlag | flag

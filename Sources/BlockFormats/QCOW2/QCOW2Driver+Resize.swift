@@ -61,7 +61,9 @@ extension QCOW2Driver {
     /// Zeroes `[old, size)` where something else would be read.
     private func hide(from old: Int, to size: Int) async throws(BlockError) {
         let clusterEnd = min(size, (old + geometry.clusterSize - 1) & ~(geometry.clusterSize - 1))
-        if old < clusterEnd, let slice = try await slice(at: old), !readsAsZeroes(slice, old) {
+        if old < clusterEnd, let slice = try await slice(at: old),
+            !readsAsZeroes(slice, old..<clusterEnd)
+        {
             let zeroes = try IOVector(allocating: clusterEnd - old)
             zeroes.fill(0)
             try await write(old, from: zeroes, [])
@@ -78,7 +80,7 @@ extension QCOW2Driver {
                     (range.end + geometry.clusterSize - 1) & ~(geometry.clusterSize - 1)
                 ),
                 makesTables: true
-            ) { _, _ in .init(rawValue: QCOW2.L2Entry.zeroFlag) }
+            ) { _, _ in .zero(hasSubclusters: self.hasSubclusters) }
         } else {
             let zeroes = try IOVector(allocating: min(range.count, 1 << 20))
             zeroes.fill(0)
@@ -141,9 +143,9 @@ extension QCOW2Driver {
             }
             for step in 0..<place.count {
                 let index = (cluster + step) & mask
-                let entry = QCOW2.L2Entry(cluster: place.offset + step << bits)
-                replaced(.init(rawValue: slice[index]), by: entry, discards: false)
-                slice[index] = entry.rawValue
+                let new = wholeEntry(place.offset + step << bits)
+                replaced(entry(slice, index), by: new, discards: false)
+                setEntry(slice, index, new)
             }
             l2.markDirty(slice)
             hasNewLinks = true

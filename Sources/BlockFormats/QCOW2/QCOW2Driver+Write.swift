@@ -89,18 +89,24 @@ extension QCOW2Driver {
     ) async throws(BlockError) -> Int {
         let bits = geometry.clusterBits
         let first = offset >> bits
-        let reuses = run.kind == .zeroAllocated && run.isCopied
-        let limit =
-            reuses
-            ? (offset + run.count - 1) >> bits + 1
-            : clustersToAllocate(slice, first, (offset + vector.count - 1) >> bits + 1)
+        let old = entry(slice, first & (1 << sliceEntryBits - 1))
+        let reuses =
+            hasSubclusters
+            ? keepsSubclusters(old) && old.offset != 0 : run.kind == .zeroAllocated && run.isCopied
+        let limit: Int
+        if reuses {
+            limit = hasSubclusters ? first + 1 : (offset + run.count - 1) >> bits + 1
+        } else {
+            limit = clustersToAllocate(slice, first, (offset + vector.count - 1) >> bits + 1)
+        }
         let allocation = QCOW2Allocation(first..<limit, in: slice)
         allocations.append(allocation)
         let clusters: QCOW2Refcounts.Allocation
         do throws(BlockError) {
             if reuses {
+                let host = hasSubclusters ? old.offset : run.host
                 clusters = .init(
-                    offset: run.host & ~(geometry.clusterSize - 1), count: limit - first,
+                    offset: host & ~(geometry.clusterSize - 1), count: limit - first,
                     isFresh: false)
                 try await image.checkOverlap(clusters.offset, clusters.count << bits)
             } else {
@@ -135,7 +141,7 @@ extension QCOW2Driver {
             }
             throw error
         }
-        link(allocation.slice, allocation.clusters.lowerBound, clusters)
+        link(allocation, clusters)
         allocation.isLinked = true
     }
 
@@ -154,7 +160,7 @@ extension QCOW2Driver {
         let sliceEnd = first - (first & mask) + mask + 1
         var end = first + 1
         while end < min(limit, sliceEnd) {
-            let entry = QCOW2.L2Entry(rawValue: slice[end & mask])
+            let entry = entry(slice, end & mask)
             let kind = entry.kind(hasZeroFlag: hasZeroFlag)
             if entry.isCopied, kind == .normal || kind == .zeroAllocated { break }
             if conflict(end) != nil { break }
@@ -171,13 +177,19 @@ extension QCOW2Driver {
     ) async throws(BlockError) {
         let bits = geometry.clusterBits
         let start = (offset >> bits) << bits
-        let end = start + clusters.count << bits
         let dataEnd = offset + data.count
-        let headIsZero = readsAsZeroes(allocation.slice, start)
-        let tailIsZero = dataEnd == end || readsAsZeroes(allocation.slice, dataEnd)
+        let mask = 1 << sliceEntryBits - 1
+        let lastEntry = entry(allocation.slice, ((dataEnd - 1) >> bits) & mask)
+        let filled = filledRange(
+            offset..<dataEnd, first: entry(allocation.slice, (start >> bits) & mask),
+            last: lastEntry)
+        let headIsZero = readsAsZeroes(allocation.slice, filled.lowerBound..<offset)
+        let tailIsZero = readsAsZeroes(allocation.slice, dataEnd..<filled.upperBound)
         // What was never written reads as zeroes already.
-        let first = clusters.isFresh && headIsZero ? offset : start
-        let last = clusters.isFresh && tailIsZero ? dataEnd : end
+        let first = clusters.isFresh && headIsZero ? offset : filled.lowerBound
+        let leavesTail = clusters.isFresh && tailIsZero || hasData(lastEntry, after: dataEnd)
+        let last = leavesTail ? dataEnd : filled.upperBound
+        allocation.filled = filled
         allocation.place(
             host: clusters.offset - start, writes: first..<last, data: offset..<dataEnd)
         let head = try await rest(first, offset - first, isZero: headIsZero)
@@ -198,12 +210,26 @@ extension QCOW2Driver {
         return vector
     }
 
-    /// Whether the cluster at guest `offset` is known to read as zeroes.
+    /// Whether a part of one cluster is known to read as zeroes.
+    func readsAsZeroes(_ slice: QCOW2TableCache.Slice, _ range: Range<Int>) -> Bool {
+        var offset = range.lowerBound
+        while offset < range.upperBound {
+            if !readsAsZeroes(slice, offset) { return false }
+            offset = (offset | (1 << geometry.unitBits - 1)) + 1
+        }
+        return true
+    }
+
+    /// Whether the cluster, or subcluster, at guest `offset` is known to read as zeroes.
     func readsAsZeroes(_ slice: QCOW2TableCache.Slice, _ offset: Int) -> Bool {
-        let index = (offset >> geometry.clusterBits) & (1 << sliceEntryBits - 1)
-        switch QCOW2.L2Entry(rawValue: slice[index]).kind(hasZeroFlag: hasZeroFlag) {
+        let entry = entry(slice, (offset >> geometry.clusterBits) & (1 << sliceEntryBits - 1))
+        let kind =
+            hasSubclusters
+            ? entry.kind(ofSubcluster: (offset >> geometry.unitBits) & 31)
+            : entry.kind(hasZeroFlag: hasZeroFlag)
+        switch kind {
         case .zeroPlain, .zeroAllocated: return true
-        case .unallocated: return !hasBacking(from: offset & ~(geometry.clusterSize - 1))
+        case .unallocated: return !hasBacking(from: offset & ~(1 << geometry.unitBits - 1))
         case .normal, .compressed: return false
         }
     }
@@ -216,15 +242,18 @@ extension QCOW2Driver {
 
     /// The entries of guest clusters name their new clusters from here on.
     private func link(
-        _ slice: QCOW2TableCache.Slice, _ first: Int, _ clusters: QCOW2Refcounts.Allocation
+        _ allocation: QCOW2Allocation, _ clusters: QCOW2Refcounts.Allocation
     ) {
         let mask = 1 << sliceEntryBits - 1
+        let slice = allocation.slice
         for step in 0..<clusters.count {
-            let index = (first + step) & mask
-            let old = QCOW2.L2Entry(rawValue: slice[index])
-            let new = QCOW2.L2Entry(cluster: clusters.offset + step << geometry.clusterBits)
+            let cluster = allocation.clusters.lowerBound + step
+            let old = entry(slice, cluster & mask)
+            let new = filledEntry(
+                old, at: clusters.offset + step << geometry.clusterBits, cluster,
+                filled: allocation.filled)
             replaced(old, by: new, discards: options.passDiscardOther)
-            slice[index] = new.rawValue
+            setEntry(slice, cluster & mask, new)
         }
         l2.markDirty(slice)
         hasNewLinks = true
@@ -308,7 +337,7 @@ extension QCOW2Driver {
         let keys = firstKey..<(firstKey + 1 << (geometry.l2Bits - sliceEntryBits))
         if old.offset != 0 {
             for slice in l2.cached(in: keys) {
-                slice.host = cluster.offset + (slice.key - firstKey) << (sliceEntryBits + 3)
+                slice.host = cluster.offset + (slice.key - firstKey) * l2.sliceBytes
             }
             image.removeTable(at: old.offset)
             removeClusters(old.offset >> bits, 1, discards: options.passDiscardOther)

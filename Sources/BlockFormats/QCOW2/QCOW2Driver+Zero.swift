@@ -19,20 +19,24 @@ extension QCOW2Driver {
             try await zeroPart(ByteRange(from: range.offset, to: inner.offset), flags)
         }
         let keepsClusters = !unmaps || options.discardNoUnref
-        let hasZeroFlag = hasZeroFlag
         try await changeEntries(inner, makesTables: node.backing != nil) { old, hasBacking in
-            let kind = old.kind(hasZeroFlag: hasZeroFlag)
-            if kind == .unallocated, !hasBacking { return old }
-            if !hasZeroFlag { return .init(rawValue: 0) }
-            if keepsClusters, old.isCopied, kind == .normal || kind == .zeroAllocated {
-                return .init(rawValue: old.rawValue | QCOW2.L2Entry.zeroFlag)
-            }
-            return .init(rawValue: QCOW2.L2Entry.zeroFlag)
+            self.zeroed(old, hasBacking: hasBacking, keepsCluster: keepsClusters)
         }
         if inner.end < range.end {
             try await zeroPart(ByteRange(from: inner.end, to: range.end), flags)
         }
         try await commitIfMuchRemoved()
+    }
+
+    /// An entry that reads as zeroes, in place of `old`.
+    private func zeroed(
+        _ old: QCOW2.L2Entry, hasBacking: Bool, keepsCluster: Bool
+    ) -> QCOW2.L2Entry {
+        let kind = old.kind(hasZeroFlag: hasZeroFlag)
+        if kind == .unallocated, old.bitmap == 0, !hasBacking { return old }
+        if !hasZeroFlag { return .init(rawValue: 0) }
+        let keeps = keepsCluster && old.isCopied && (kind == .normal || kind == .zeroAllocated)
+        return .zero(keeping: keeps ? old.rawValue : 0, hasSubclusters: hasSubclusters)
     }
 
     /// The clusters that lie within `range`; the last one of the disk counts up to the disk's end.
@@ -48,13 +52,13 @@ extension QCOW2Driver {
     private func zeroPart(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
         var offset = range.offset
         while offset < range.end {
-            let end = min(range.end, offset | (geometry.clusterSize - 1) + 1)
+            let end = min(range.end, offset | (1 << geometry.unitBits - 1) + 1)
             let isZero: Bool
             if let slice = try await slice(at: offset) {
                 isZero =
                     conflict(offset >> geometry.clusterBits) == nil && readsAsZeroes(slice, offset)
             } else {
-                isZero = !hasBacking(from: offset & ~(geometry.clusterSize - 1))
+                isZero = !hasBacking(from: offset & ~(1 << geometry.unitBits - 1))
             }
             if !isZero {
                 if flags.contains(.noFallback) {
@@ -78,16 +82,8 @@ extension QCOW2Driver {
         }
         let inner = wholeClusters(range)
         guard inner.offset < inner.end else { return }
-        let hasZeroFlag = hasZeroFlag
-        let keepsClusters = options.discardNoUnref
         try await changeEntries(inner, makesTables: node.backing != nil) { old, hasBacking in
-            let kind = old.kind(hasZeroFlag: hasZeroFlag)
-            if kind == .unallocated, !hasBacking { return old }
-            if !hasZeroFlag { return .init(rawValue: 0) }
-            if keepsClusters, old.isCopied, kind == .normal || kind == .zeroAllocated {
-                return .init(rawValue: old.rawValue | QCOW2.L2Entry.zeroFlag)
-            }
-            return .init(rawValue: QCOW2.L2Entry.zeroFlag)
+            self.zeroed(old, hasBacking: hasBacking, keepsCluster: self.options.discardNoUnref)
         }
         try await commitIfMuchRemoved()
     }
@@ -123,12 +119,12 @@ extension QCOW2Driver {
             let end = min(range.end, offset | (1 << sliceShift - 1) + 1)
             var isChanged = false
             while offset < end, conflict(offset >> bits) == nil {
-                let entry = (offset >> bits) & (1 << sliceEntryBits - 1)
-                let old = QCOW2.L2Entry(rawValue: slice[entry])
+                let index = (offset >> bits) & (1 << sliceEntryBits - 1)
+                let old = entry(slice, index)
                 let new = change(old, hasBacking(from: offset))
                 if new != old {
                     replaced(old, by: new, discards: options.passDiscardRequest)
-                    slice[entry] = new.rawValue
+                    setEntry(slice, index, new)
                     isChanged = true
                 }
                 offset += 1 << bits

@@ -35,6 +35,7 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     let geometry: QCOW2.Geometry
     let options: QCOW2Options
     let hasZeroFlag: Bool
+    let hasSubclusters: Bool
     /// Opened to be written.
     let isWritable: Bool
 
@@ -95,9 +96,10 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
         isWritable = !opening.node.isReadOnly
         geometry = image.geometry
         hasZeroFlag = image.header.version == 3
+        hasSubclusters = image.geometry.hasSubclusters
         let sliceBytes = min(options.l2SliceBytes, geometry.clusterSize)
         l2 = QCOW2TableCache(file: file, sliceBytes: sliceBytes, bytesMax: options.l2CacheBytes)
-        sliceEntryBits = sliceBytes.trailingZeroBitCount - 3
+        sliceEntryBits = sliceBytes.trailingZeroBitCount - image.geometry.l2EntryShift
         sliceShift = sliceEntryBits + geometry.clusterBits
         refcounts = QCOW2Refcounts(
             image, table: refcountTable, cacheBytes: options.refcountCacheBytes)
@@ -145,6 +147,7 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     /// Entries are alike when their kinds are, and clusters follow each other in the file.
     @inline(__always)
     func run(_ slice: QCOW2TableCache.Slice, _ offset: Int, _ limit: Int) -> Run {
+        if hasSubclusters { return subclusterRun(slice, offset, limit) }
         let mask = 1 << sliceEntryBits - 1
         let bits = geometry.clusterBits
         var index = (offset >> bits) & mask
@@ -202,7 +205,7 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
             throw await image.corruption("L2 table \(index) is at \(table), which is no cluster")
         }
         let within = (offset >> geometry.clusterBits) & (geometry.l2EntryCount - 1)
-        return table + (within >> sliceEntryBits) << (sliceEntryBits + 3)
+        return table + (within >> sliceEntryBits) << (sliceEntryBits + geometry.l2EntryShift)
     }
 
     /// Refuses data clusters at offsets that no image has.

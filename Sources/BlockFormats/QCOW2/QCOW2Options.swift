@@ -37,7 +37,8 @@ struct QCOW2Options {
             l2SliceBytes = value
         }
         // Entries for the whole disk, where that is not much.
-        let wholeDisk = geometry.clusterCount(for: header.size) * 8 + 16 * l2SliceBytes
+        let wholeDisk =
+            (geometry.clusterCount(for: header.size) << geometry.l2EntryShift) + 16 * l2SliceBytes
         l2CacheBytes = min(wholeDisk, Self.l2CacheBytesMax)
         refcountCacheBytes = max(4 * geometry.clusterSize, 256 << 10)
         let total = try options.size("cache-size")

@@ -2,10 +2,10 @@ import BlockCore
 import QMP
 
 /// NBD addresses as clients take them (the NBD URI specification).
-enum NBDURI {
+public enum NBDURI {
     /// - Parameters:
     ///   - address: as `x-query-nbd-server` tells it.
-    static func text(address: JSONValue, export: String) throws(BlockError) -> String {
+    public static func text(address: JSONValue, export: String) throws(BlockError) -> String {
         let name = escape(export, keeping: "")
         switch (address["type"], address["path"], address["host"], address["port"]) {
         case ("unix", .string(let path)?, _, _):

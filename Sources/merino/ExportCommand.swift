@@ -1,0 +1,70 @@
+import ArgumentParser
+import BlockCore
+
+#if canImport(Glibc)
+import Glibc
+#elseif canImport(Musl)
+import Musl
+#endif
+
+/// `merino export`: an image, or a snapshot inside it, over NBD to as many readers as come.
+struct ExportCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "export",
+        abstract: "Export an image, or a snapshot inside it, and print where to read it.",
+        discussion: """
+            Read-only unless --writable is given. It goes on until Ctrl-C. Without -k, -p or -b it \
+            listens on a Unix socket of its own in /tmp. 'merino serve' has more options.
+            """)
+
+    @Argument(help: "The image.") var file: String
+    @Option(
+        name: .long,
+        help: "Export this snapshot inside the image: an identifier or a name, or snapshot.id=….")
+    var snapshot: String?
+    @Option(
+        name: [.customShort("f", allowingJoined: true), .long],
+        help: "The image's format; found out when not given.")
+    var format: String?
+    @Flag(name: .customLong("image-opts"), help: "The image is given as options.")
+    var imageOptions = false
+    @Flag(help: "Clients may write.") var writable = false
+    @Option(
+        name: [.customShort("k", allowingJoined: true), .long],
+        help: "Listen on this Unix socket.")
+    var socket: String?
+    @Option(
+        name: [.customShort("p", allowingJoined: true), .long], help: "Listen on this TCP port.")
+    var port: UInt16?
+    @Option(
+        name: [.customShort("b", allowingJoined: true), .long], help: "Listen on this address.")
+    var bind: String?
+    @Option(
+        name: [.customShort("x", allowingJoined: true), .customLong("export-name")],
+        help: "The export's name.")
+    var exportName = ""
+
+    func validate() throws {
+        if snapshot != nil, writable {
+            throw ValidationError("a snapshot cannot be written: --snapshot excludes --writable")
+        }
+    }
+
+    func run() throws {
+        var arguments = ["--persistent", "--shared", "0", "--print-uri"]
+        func add(_ name: String, _ value: String?) {
+            if let value { arguments += [name, value] }
+        }
+        add("--load-snapshot", snapshot)
+        add("--format", format)
+        add("--port", port.map { String($0) })
+        add("--bind", bind)
+        add("--export-name", exportName)
+        if imageOptions { arguments.append("--image-opts") }
+        if !writable { arguments.append("--read-only") }
+        let isSomewhere = socket != nil || port != nil || bind != nil
+        add("--socket", socket ?? (isSomewhere ? nil : "/tmp/merino-export-\(getpid()).sock"))
+        let serve = try ServeCommand.parse(arguments + ["--", file])
+        try serve.run()
+    }
+}
