@@ -33,9 +33,8 @@ import Testing
                     let run = RandomRequests(edge, model.shadow, seed: seed, requests)
                     await run.run()
                     failures = run.failureCounts[.noSpace] ?? 0
-                    // There is space again: everything goes on.
+                    // There is space again: what was written is there.
                     simulation.faults = []
-                    try await edge.flush()
                     await run.verify()
                     return run.violations
                 }
@@ -52,12 +51,13 @@ import Testing
     @Test(arguments: [512, 65536]) func aFailedFlushIsToldUntilTheImageIsClosed(clusterSize: Int)
         async throws
     {
+        var failedCount = 0
         for seed in 1...8 as ClosedRange<UInt64> {
             let simulation = Simulation(seed: seed)
             try await QCOW2SimulationTests.create(
                 simulation, clusterSize: clusterSize, isLazy: false)
             simulation.faults = [
-                FaultRule(.synchronize, path: "/disk", .fail(5), skip: Int(seed) * 2, times: 1)
+                FaultRule(.synchronize, path: "/disk", .fail(5), skip: Int(seed), times: 1)
             ]
             let model = QCOW2SimulationTests.Model()
             var options = RandomRequests.Options()
@@ -68,7 +68,7 @@ import Testing
                     let run = RandomRequests(edge, model.shadow, seed: seed, requests)
                     await run.run()
                     var wrong = run.violations
-                    if run.failureCounts.isEmpty { wrong.append("no flush failed") }
+                    if run.failureCounts.isEmpty { return wrong + ["nothing failed"] }
                     do throws(BlockError) {
                         try await edge.flush()
                         wrong.append("a flush after a failed one succeeded")
@@ -78,6 +78,8 @@ import Testing
                     return wrong
                 }
             }
+            if violations == ["nothing failed"] { continue }
+            failedCount += 1
             #expect(violations == [], "seed \(seed)")
             // What flushes acknowledged before is there, whatever became of the rest.
             simulation.faults = []
@@ -92,6 +94,7 @@ import Testing
             #expect(left == [], "seed \(seed)")
             try QCOW2SimulationTests.check(simulation)
         }
+        #expect(failedCount > 0)
     }
 
     // MARK: Chains

@@ -306,9 +306,11 @@ extension QCOW2Driver: InternalSnapshotStore {
 
     /// From here on an interruption leaves counts and flags that have to be made anew.
     private func beginChange() async throws(BlockError) {
-        guard image.header.version == 3, !image.header.incompatible.contains(.dirty) else { return }
-        image.header.incompatible.insert(.dirty)
+        guard image.header.version == 3 else { return }
         changesReferences = true
+        // With lazy refcounts it may be set already; afterwards they are not late any more.
+        guard !image.header.incompatible.contains(.dirty) else { return }
+        image.header.incompatible.insert(.dirty)
         do throws(BlockError) {
             try await image.writeHeader()
             try await file.flush()

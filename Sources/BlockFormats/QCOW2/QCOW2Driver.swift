@@ -115,7 +115,13 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     public var filename: String { file.node.driver.filename }
 
     public func access(to edge: Edge, for users: Access) -> Access {
-        DefaultAccess.access(roles: edge.roles, isWritable: !node.isReadOnly, for: users)
+        var users = users
+        // A write to a part of a cluster copies the rest from below.
+        if edge.roles.contains(.cow), !users.uses.isDisjoint(with: [.write, .writeUnchanged]) {
+            users.uses.insert(.consistentRead)
+        }
+        return DefaultAccess.access(
+            roles: edge.roles, isWritable: !node.isReadOnly, for: users)
     }
 
     public func checkAccess(_ access: Access) throws(BlockError) {
