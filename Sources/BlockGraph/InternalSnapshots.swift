@@ -162,12 +162,23 @@ extension BlockGraph {
     }
 
     /// Makes the disk of `node` what it was, while its users are held back.
+    ///
+    /// - Throws: `permissionDenied` where a user relies on the disk as it is: a frozen view of it.
     public func applySnapshot(
         _ identifier: String, of node: BlockNode
     ) async throws(BlockError) {
-        try await changeSnapshots(of: node) { store throws(BlockError) in
-            try await store.applySnapshot(identifier)
+        let user = try attach(
+            NamedUser("the snapshot that is applied"), to: node, as: "root",
+            Access(uses: [.write, .resize], shares: .all))
+        do throws(BlockError) {
+            try await changeSnapshots(of: node) { store throws(BlockError) in
+                try await store.applySnapshot(identifier)
+            }
+        } catch {
+            try? await detach(user)
+            throw error
         }
+        try await detach(user)
     }
 
     /// Deletes a snapshot of `node`, while its users are held back.

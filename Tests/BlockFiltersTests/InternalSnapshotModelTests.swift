@@ -200,6 +200,33 @@ import Testing
         #expect(left.contains("kept") && size > 0)
     }
 
+    @Test func noSnapshotIsAppliedUnderAFrozenView() async throws {
+        let simulation = Simulation(seed: 1)
+        try await Self.create(simulation, clusterSize: 4096)
+        simulation.disk.addFile("/temp", size: Self.size)
+        let error = try await simulation.run { thread throws(BlockError) in
+            let graph = BlockGraph(on: thread, registry: Self.registry)
+            let disk = try await graph.open(
+                [
+                    "driver": "qcow2", "node-name": "disk", "cache-clean-interval": 0,
+                    "file": ["driver": "file", "filename": "/disk", "locking": "off"],
+                ], monitorOwned: true)
+            let kept = try await graph.createSnapshot("kept", of: disk, at: Self.date)
+            _ = try await graph.open(
+                [
+                    "driver": "copy-before-write", "node-name": "filter", "file": "disk",
+                    "target": ["driver": "file", "filename": "/temp", "locking": "off"],
+                ], monitorOwned: true)
+            var error: BlockError?
+            do throws(BlockError) {
+                try await graph.applySnapshot(kept.identifier, of: disk)
+            } catch let refusal { error = refusal }
+            try await graph.closeAll()
+            return error
+        }
+        #expect(error?.code == .permissionDenied, "\(error.map { "\($0)" } ?? "applied")")
+    }
+
     @Test func aSnapshotInUseIsNeitherDeletedNorAppliedNorIsAnotherTaken() async throws {
         let simulation = Simulation(seed: 1)
         try await Self.create(simulation, clusterSize: 4096)

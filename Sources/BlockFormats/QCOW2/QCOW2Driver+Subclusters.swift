@@ -5,7 +5,7 @@ import BlockGraph
 //
 // A write to a new cluster allocates the subclusters that it touches; the others stay what they are. A
 // write to a cluster that is there, but not in all of its subclusters, fills those that it touches in
-// place. Zeroes and discards are of whole clusters.
+// place. Zeroes are of subclusters, discards of whole clusters.
 
 extension QCOW2Driver {
     /// Entry `index` of a slice.
@@ -80,6 +80,29 @@ extension QCOW2Driver {
         let tailUnit = 1 << (keepsSubclusters(last) ? geometry.unitBits : geometry.clusterBits)
         return range.lowerBound & ~(headUnit - 1)..<(range.upperBound + tailUnit - 1)
             & ~(tailUnit - 1)
+    }
+
+    /// Marks a whole subcluster as zeroes.
+    ///
+    /// - Returns: `false` where it has to be written.
+    func zeroSubcluster(_ offset: Int, _ end: Int) async throws(BlockError) -> Bool {
+        let unit = 1 << geometry.unitBits
+        guard hasSubclusters, offset & (unit - 1) == 0, end - offset == unit else { return false }
+        while true {
+            let slice = try await writableSlice(at: offset)
+            if let other = conflict(offset >> geometry.clusterBits) {
+                await other.queue.wait()
+                continue
+            }
+            let index = (offset >> geometry.clusterBits) & (1 << sliceEntryBits - 1)
+            var entry = entry(slice, index)
+            if entry.isCompressed { return false }
+            let bit = UInt64(1) << UInt64((offset >> geometry.unitBits) & 31)
+            entry.bitmap = entry.bitmap & ~bit | bit << 32
+            setEntry(slice, index, entry)
+            l2.markDirty(slice)
+            return true
+        }
     }
 
     /// Whether guest `offset` is within a subcluster that has its data where it stays. Others may be

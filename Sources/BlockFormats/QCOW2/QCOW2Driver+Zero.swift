@@ -61,6 +61,10 @@ extension QCOW2Driver {
                 isZero = !hasBacking(from: offset & ~(1 << geometry.unitBits - 1))
             }
             if !isZero {
+                if try await zeroSubcluster(offset, end) {
+                    offset = end
+                    continue
+                }
                 if flags.contains(.noFallback) {
                     throw BlockError(.unsupported, "parts of clusters are zeroed by writing")
                 }
