@@ -112,6 +112,11 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// Changes the size. Bytes that appear read as zeroes.
     func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError)
 
+    /// Looks for damage in the image's own structures, and repairs it if asked; see ``Edge/check(_:_:)``.
+    func check(
+        _ repair: CheckRepair, _ notice: @escaping CheckNotice
+    ) async throws(BlockError) -> CheckReport
+
     /// The snapshot that this node gives access to, if it does.
     var snapshotSource: (any SnapshotSource)? { get }
 

@@ -21,6 +21,9 @@ public struct NodeOptions: Sendable, Equatable {
     public var sharesAll = false
     /// Nothing that the image names is followed: no backing file, no data file.
     public var isUntrusted = false
+    /// The image is opened to be checked or repaired, and for nothing else: its driver takes it
+    /// whatever state it is in.
+    public var isForCheck = false
 
     public init() {}
 
@@ -34,6 +37,7 @@ public struct NodeOptions: Sendable, Equatable {
         }
         // Formats send flushes and respect the discard policy: below them both may be on.
         child.discards = true
+        child.isForCheck = false
         return child
     }
 

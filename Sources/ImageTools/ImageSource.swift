@@ -24,11 +24,25 @@ public struct ImageSource: Sendable {
     public var foundRaw: (@Sendable () -> Void)?
     /// The image alone: its backing image stays closed.
     public var withoutBacking = false
+    /// Nothing that the image names is followed.
+    public var isUntrusted = false
+    /// The image is opened to be checked, in whatever state it is.
+    public var isForCheck = false
 
     public init(_ name: String, format: String? = nil, isOptions: Bool = false) {
         self.name = name
         self.format = format
         self.isOptions = isOptions
+    }
+}
+
+extension ImageSource {
+    /// What every node that is opened for the image has, where its options do not say otherwise.
+    var inherited: NodeOptions {
+        var options = NodeOptions()
+        options.isUntrusted = isUntrusted
+        options.isForCheck = isForCheck
+        return options
     }
 }
 

@@ -47,7 +47,7 @@ public final class ToolSession: Sendable {
     ) async throws(BlockError) -> BlockNode {
         var options = try await options(for: source)
         if start > 0 { options = try window(options, from: start) }
-        let node = try await graph.open(options)
+        let node = try await graph.open(options, inheriting: source.inherited)
         node.hold("command")
         node.release("opening")
         return node
@@ -64,7 +64,8 @@ public final class ToolSession: Sendable {
             defer { node.release("command") }
             return try graph.attach(NamedUser(user), to: node, access)
         }
-        let node = try await graph.open(try await options(for: source))
+        let node = try await graph.open(
+            try await options(for: source), inheriting: source.inherited)
         defer { node.release("opening") }
         return try graph.attach(NamedUser(user), to: node, access)
     }

@@ -9,7 +9,7 @@ import ArgumentParser
         subcommands: [
             DaemonCommand.self, ServeCommand.self, FleeceCommand.self, CreateCommand.self,
             InfoCommand.self,
-            MapCommand.self, ConvertCommand.self, CompareCommand.self,
+            MapCommand.self, CheckCommand.self, ConvertCommand.self, CompareCommand.self,
             IOCommand.self, SnapshotCommand.self, ExportCommand.self,
         ])
 

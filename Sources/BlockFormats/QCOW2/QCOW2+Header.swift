@@ -102,7 +102,10 @@ extension QCOW2.Header {
     /// - Parameters:
     ///   - cluster: the first cluster, or what there is of it.
     ///   - fileSize: the size of the file; tables must begin within it.
-    init(parsing cluster: UnsafeRawBufferPointer, fileSize: Int) throws(BlockError) {
+    ///   - forCheck: take what a check can look at, though nothing else can use it.
+    init(
+        parsing cluster: UnsafeRawBufferPointer, fileSize: Int, forCheck: Bool = false
+    ) throws(BlockError) {
         clusterBits = try Self.clusterBits(of: cluster)
         version = Int(cluster.bigEndian(at: 4, as: UInt32.self))
         size = try Self.size(cluster)
@@ -121,8 +124,8 @@ extension QCOW2.Header {
         let nameOffset = try parseBackingName(cluster, headerLength: length)
         extensions = try QCOW2.HeaderExtension.parse(
             cluster, from: length, to: nameOffset ?? cluster.count)
-        try checkFeatures()
-        try checkTables(fileSize)
+        if !forCheck || !incompatible.isSubset(of: .known) { try checkFeatures() }
+        try checkTables(forCheck ? Limits.nodeSizeMax : fileSize)
     }
 
     private static func size(_ cluster: UnsafeRawBufferPointer) throws(BlockError) -> Int {

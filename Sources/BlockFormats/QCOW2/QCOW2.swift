@@ -34,8 +34,6 @@ enum QCOW2 {
         static let snapshotNameBytesMax = 255
         /// Host offsets have 56 bits.
         static let hostOffsetMax = 1 << 56
-        /// The counts that rebuilding refcounts keeps in memory.
-        static let rebuildClusterCountMax = 1 << 28
     }
 
     static let magic: UInt32 = 0x5146_49fb

@@ -6,7 +6,10 @@ import QMP
 extension QCOW2Driver {
     public static let driver = DriverDescription(
         name: "qcow2", kind: .format,
-        open: { opening throws(BlockError) in try await QCOW2Driver.open(opening) },
+        open: { opening throws(BlockError) in
+            if opening.node.options.isForCheck { return try await QCOW2CheckNode.open(opening) }
+            return try await QCOW2Driver.open(opening)
+        },
         create: { creation throws(BlockError) in try await QCOW2Creation.create(creation) },
         probe: { start in
             guard start.count >= 8, start.bigEndian(at: 0, as: UInt32.self) == QCOW2.magic else {
@@ -27,8 +30,12 @@ extension QCOW2Driver {
             }
             node.setReadOnly()
         }
-        let header = try await readHeader(file)
+        var header = try await readHeader(file)
         try checkUse(header, node)
+        if header.incompatible.contains(.dirty), !node.isReadOnly {
+            try await QCOW2Check.repairDirty(file, header, on: opening.thread)
+            header = try await readHeader(file)
+        }
         let options = try QCOW2Options(
             reading: opening.options, header, discards: node.options.discards)
         let image = QCOW2Image(node, file, header)
@@ -205,11 +212,6 @@ extension QCOW2Driver {
         let unknown = image.header.autoclear.subtracting(.known)
         if !unknown.isEmpty {
             image.header.autoclear.subtract(unknown)
-            changesHeader = true
-        }
-        if image.header.incompatible.contains(.dirty) {
-            try await rebuildRefcounts()
-            image.header.incompatible.remove(.dirty)
             changesHeader = true
         }
         if changesHeader {

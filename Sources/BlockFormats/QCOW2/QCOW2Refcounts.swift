@@ -426,68 +426,6 @@ final class QCOW2Refcounts {
         }
     }
 
-    // MARK: Rebuilding
-
-    /// Makes the counts what `references` says, for every cluster; makes the blocks it takes.
-    func replaceAll(with references: [UInt32]) async throws(BlockError) {
-        let counts = try await addMissingBlocks(for: references)
-        var cluster = 0
-        while cluster < counts.count {
-            let end = min(counts.count, (cluster >> sliceBits + 1) << sliceBits)
-            let isUsed = counts[cluster..<end].contains { $0 != 0 }
-            guard let slice = try await slice(for: cluster) else {
-                if isUsed {
-                    throw BlockError(
-                        .corrupt,
-                        "the image needs repair: cluster \(cluster) has no refcount block",
-                        remedy: "run a repair of the image")
-                }
-                cluster = end
-                continue
-            }
-            for current in cluster..<end {
-                let value = UInt64(counts[current])
-                guard value <= geometry.refcountMax else {
-                    throw BlockError(.corrupt, "cluster \(current) has \(value) references")
-                }
-                if get(slice, current) != value { set(slice, current, value) }
-            }
-            cluster = end
-        }
-    }
-
-    /// Puts blocks that are missing past everything that is used.
-    ///
-    /// - Returns: the counts with those blocks in them.
-    private func addMissingBlocks(for references: [UInt32]) async throws(BlockError) -> [UInt32] {
-        var counts = references
-        var index = 0
-        while index << geometry.refcountBlockBits < counts.count {
-            guard index < table.count else {
-                throw BlockError(
-                    .corrupt, "the refcount table is too short for the clusters in use",
-                    remedy: "run a repair of the image")
-            }
-            if table[index] == 0 {
-                let offset = counts.count << geometry.clusterBits
-                try await image.ensureSize(offset + geometry.clusterSize)
-                let zeroes = try IOVector(allocating: geometry.clusterSize)
-                zeroes.fill(0)
-                try await image.file.write(offset, from: zeroes)
-                table[index] = UInt64(offset)
-                dirtyTableEntries.insert(index)
-                image.addTable(at: offset)
-                counts.append(1)
-            }
-            index += 1
-        }
-        highest = max(highest, counts.count)
-        return counts
-    }
-
-    /// Offsets of all blocks.
-    var blocks: [Int] { table.filter { $0 != 0 }.map { Int($0) } }
-
     /// One past the last cluster in use, as far as the counts up to the end of the file tell.
     func lastUsedEnd(fileSize: Int) async throws(BlockError) -> Int {
         var cluster = geometry.clusterCount(for: fileSize) - 1
