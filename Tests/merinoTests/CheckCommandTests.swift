@@ -19,7 +19,7 @@ import Testing
             try place.tool("qemu-io", "-f", "raw", "-c", "write -P 3 0 2M", "a.raw")
             try place.tool("qemu-img", "convert", "-c", "-O", "qcow2", "a.raw", "a.qcow2")
         } else {
-            try place.run(
+            _ = try place.run(
                 "/usr/bin/env",
                 ["qemu-img", "create", "-q", "-f", "qcow2"] + (options.map { ["-o", $0] } ?? [])
                     + ["a.qcow2", "10M"])
