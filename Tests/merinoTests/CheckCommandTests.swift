@@ -34,7 +34,7 @@ import Testing
         if state == .leaky || state == .corrupt {
             let file = try #require(FileHandle(forUpdatingAtPath: "\(place.folder)/a.qcow2"))
             // The count of a cluster past the last one; that of one in use.
-            try file.seek(toOffset: 0x20000 + (state == .leaky ? 40 : 12))
+            try file.seek(toOffset: 0x20000 + (state == .leaky ? 60 : 12))
             try file.write(contentsOf: Data([0, 2]))
             try file.truncate(atOffset: 64 << 16)
             try file.close()
