@@ -11,6 +11,8 @@ import ArgumentParser
             InfoCommand.self,
             MapCommand.self, CheckCommand.self, ConvertCommand.self, CompareCommand.self,
             IOCommand.self, SnapshotCommand.self, ExportCommand.self,
+            MapCommand.self, ConvertCommand.self, CompareCommand.self,
+            IOCommand.self, GraphCommand.self, SnapshotCommand.self, ExportCommand.self,
         ])
 
     private static let line = CommandLineName(CommandLine.arguments)
