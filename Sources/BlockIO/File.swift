@@ -89,7 +89,7 @@ public final class File: @unchecked Sendable {
     ///
     /// - Returns: whether all of `vector` was filled.
     public func readNow(_ vector: IOVector, at offset: Int) -> Bool {
-        guard !isDirect, reads.mayTry else { return false }
+        guard !isDirect, vector.count < Self.asideBytesMin, reads.mayTry else { return false }
         let succeeded = thread.engine.readNow(handle, vector, offset: offset) == vector.count
         reads.note(succeeded: succeeded)
         return succeeded
@@ -99,7 +99,7 @@ public final class File: @unchecked Sendable {
     ///
     /// - Returns: whether all of `vector` was taken.
     public func writeNow(_ vector: IOVector, at offset: Int) -> Bool {
-        guard !isDirect, writes.mayTry else { return false }
+        guard !isDirect, vector.count < Self.asideBytesMin, writes.mayTry else { return false }
         let start = thread.now
         guard let result = thread.engine.writeNow(handle, vector, offset: offset) else {
             return false

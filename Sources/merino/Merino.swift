@@ -12,7 +12,8 @@ import ArgumentParser
             MapCommand.self, CheckCommand.self, ConvertCommand.self, CompareCommand.self,
             IOCommand.self, SnapshotCommand.self, ExportCommand.self,
             MapCommand.self, ConvertCommand.self, CompareCommand.self,
-            IOCommand.self, GraphCommand.self, SnapshotCommand.self, ExportCommand.self,
+            IOCommand.self, GraphCommand.self, CompactCommand.self, SnapshotCommand.self,
+            ExportCommand.self,
         ])
 
     private static let line = CommandLineName(CommandLine.arguments)

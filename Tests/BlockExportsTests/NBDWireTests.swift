@@ -66,6 +66,22 @@ import Testing
 
     // MARK: Framing
 
+    /// A small reply waits for the end of the turn, a large one behind it takes it along at once.
+    @Test func aClientThatLeavesRightAfterItsRequestsIsLetGo() async throws {
+        try await NBDTestServer.with { server in
+            let client = try Raw(unix: server.socketPath)
+            client.enter()
+            // Written first, so that the reads need not wait for the disk.
+            client.send(Raw.request(1, 0, 128 << 10) + [UInt8](repeating: 5, count: 128 << 10))
+            #expect(client.receive(16).count == 16)
+            client.send(
+                Raw.request(0, 0, 512, cookie: 1) + Raw.request(0, 0, 64 << 10, cookie: 2)
+                    + Raw.request(2, 0, 0, cookie: 3))
+            #expect(client.receive(32 + 512 + (64 << 10)).count == 32 + 512 + (64 << 10))
+            #expect(client.isClosed())
+        }
+    }
+
     @Test func aPayloadOverTheLimitIsRefusedAndTheConnectionGoesOn() async throws {
         try await NBDTestServer.with { server in
             let client = try Raw(unix: server.socketPath)

@@ -88,6 +88,8 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
     func endOfTurn() {
         isScheduled = false
         push()
+        // What was scheduled may have left with a piece, or never will: whoever waits must know.
+        if !isSending { wakeIdle() }
     }
 
     private func push() {
