@@ -7,13 +7,20 @@ import ArgumentParser
         abstract: "A block-storage engine: disk images, live snapshots, NBD.",
         version: "merino 0.1.0",
         subcommands: [
-            DaemonCommand.self, ServeCommand.self, FleeceCommand.self, CreateCommand.self,
+            DaemonCommand.self,
+            ServeCommand.self,
+            FleeceCommand.self,
+            CreateCommand.self,
             InfoCommand.self,
-            MapCommand.self, CheckCommand.self, ConvertCommand.self, CompareCommand.self,
-            IOCommand.self, SnapshotCommand.self, ExportCommand.self,
-            MapCommand.self, ConvertCommand.self, CompareCommand.self,
-            IOCommand.self, GraphCommand.self, CompactCommand.self, SnapshotCommand.self,
+            MapCommand.self,
+            CheckCommand.self,
+            ConvertCommand.self,
+            CompareCommand.self,
+            IOCommand.self,
+            SnapshotCommand.self,
             ExportCommand.self,
+            GraphCommand.self,
+            CompactCommand.self,
         ])
 
     private static let line = CommandLineName(CommandLine.arguments)
