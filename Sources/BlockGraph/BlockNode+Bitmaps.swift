@@ -8,6 +8,11 @@ public protocol BitmapStore: AnyObject {
     /// - Throws: why such a bitmap cannot be kept.
     func checkStorable(name: String, granularity: Int) throws(BlockError)
 
+    /// The node, or one of its persistent bitmaps, is about to change for the first time since
+    /// ``BlockNode/awaitsFirstChange`` was set: from here on what is stored of them says nothing, and
+    /// that is durable on return.
+    func beginChanges() async throws(BlockError)
+
     /// Takes a bitmap out of the image; durable on return. Nothing happens when it is not there.
     func removeStored(_ name: String) async throws(BlockError)
 }
@@ -76,6 +81,55 @@ extension BlockNode {
                 remedy: "use persistent=off, or a qcow2 image", node: name)
         }
         try store.checkStorable(name: bitmap.name, granularity: bitmap.granularity)
+    }
+
+    /// Comes before every change of the node's data, size or persistent bitmaps.
+    @inline(__always)
+    public func willChange() async throws(BlockError) {
+        if awaitsFirstChange { try await driver.bitmapStore?.beginChanges() }
+    }
+
+    /// Comes before a bitmap is changed by others than the node's requests.
+    private func willChange(_ bitmap: DirtyBitmap) async throws(BlockError) {
+        if bitmap.isPersistent { try await willChange() }
+    }
+
+    /// Clears a bitmap.
+    ///
+    /// - Throws: what speaks against it: see ``DirtyBitmap/check(_:)``.
+    public func clearDirtyBitmap(_ bitmap: DirtyBitmap) async throws(BlockError) {
+        try bitmap.check()
+        try await willChange(bitmap)
+        bitmap.clear()
+    }
+
+    /// Has a bitmap record changes, or not.
+    ///
+    /// - Throws: what speaks against it.
+    public func setDirtyBitmap(
+        _ bitmap: DirtyBitmap, enabled: Bool
+    ) async throws(BlockError) {
+        try bitmap.check([.busy, .inconsistent])
+        try await willChange(bitmap)
+        bitmap.isEnabled = enabled
+    }
+
+    /// Marks in `target`, a bitmap of this node, what is dirty in others, of any node: in all or none.
+    ///
+    /// - Throws: what speaks against it.
+    public func mergeDirtyBitmaps(
+        _ sources: [DirtyBitmap], into target: DirtyBitmap
+    ) async throws(BlockError) {
+        try target.check()
+        for source in sources { try source.check([.busy, .inconsistent]) }
+        try await willChange(target)
+        let before = target.contents
+        do throws(BlockError) {
+            for source in sources { try target.merge(source) }
+        } catch {
+            target.contents = before
+            throw error
+        }
     }
 
     /// Takes a bitmap off the node, and out of the image that keeps it.

@@ -70,6 +70,7 @@ extension BlockNode {
     func trackedWrite(
         _ offset: Int, from vector: IOVector, _ flags: WriteFlags
     ) async throws(BlockError) {
+        try await willChange()
         let range = ByteRange(offset, vector.count)
         let isAligned = range.isAligned(to: limits.requestAlignment)
         let tracked =
@@ -198,6 +199,7 @@ extension BlockNode {
     // MARK: Zeroes
 
     func trackedZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
+        try await willChange()
         let alignment = limits.requestAlignment
         let isAligned = range.isAligned(to: alignment)
         let identifier = await begin(
@@ -270,6 +272,7 @@ extension BlockNode {
         // The end of the node counts as aligned.
         let end = range.end == size ? range.end : range.end.roundedDown(to: alignment)
         guard start < end else { return }
+        try await willChange()
         let inner = ByteRange(from: start, to: end)
         let identifier = await begin(inner, serialising: false)
         defer { tracker.leave(identifier) }

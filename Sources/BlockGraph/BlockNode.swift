@@ -58,6 +58,9 @@ public final class BlockNode: @unchecked Sendable {
     public internal(set) var highestWrittenOffset = 0
     /// Its dirty bitmaps, in the order they came.
     public internal(set) var dirtyBitmaps: [DirtyBitmap] = []
+    /// Its image has dirty bitmaps that have to be marked before anything changes: see
+    /// ``BitmapStore/beginChanges()``. What keeps them sets it.
+    public var awaitsFirstChange = false
     /// Who is told of every change: dirty bitmaps, and jobs.
     public internal(set) var writeObservers: [any WriteObserver] = []
 

@@ -73,6 +73,19 @@ public final class DirtyBitmap: WriteObserver {
         bits = ClusterBitmap(count: count)
     }
 
+    /// One of which nothing but its existence is known.
+    ///
+    /// - Throws: as the initialiser.
+    public static func inconsistent(
+        named name: String, granularity: Int, size: Int
+    ) throws(BlockError) -> DirtyBitmap {
+        // Whatever the size: there will be no bits.
+        let bitmap = try DirtyBitmap(name: name, granularity: granularity, size: 0)
+        bitmap.becomeInconsistent()
+        bitmap.size = size
+        return bitmap
+    }
+
     // MARK: Changes
 
     /// Whether changes of the node are recorded.

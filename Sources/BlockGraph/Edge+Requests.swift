@@ -135,6 +135,7 @@ extension Edge {
                 .permissionDenied, "\(parentDescription) may not resize it", node: node.name)
         }
         if node.isReadOnly { throw BlockError(.readOnly, "the node is read-only", node: node.name) }
+        try await node.willChange()
         let whole = ByteRange(0, max(size, node.size))
         let identifier = await node.begin(whole, serialising: true)
         defer { node.tracker.leave(identifier) }

@@ -196,6 +196,9 @@ extension QCOW2Driver {
         // Twice: what the first gives back changes counts.
         try await commit()
         try await commit()
+        // The image is left in order whether or not its bitmaps can be: they stay marked in use then.
+        var failure: BlockError?
+        do throws(BlockError) { try await bitmaps.store() } catch { failure = error }
         try await refcounts.writeBlocks()
         try await file.flush()
         // What a change of references left behind is for the next who opens the image.
@@ -209,5 +212,6 @@ extension QCOW2Driver {
             let end = try await refcounts.lastUsedEnd(fileSize: file.size) << geometry.clusterBits
             if end >= image.grownFrom, end < file.size { try? await file.resize(to: end) }
         }
+        if let failure { throw failure }
     }
 }

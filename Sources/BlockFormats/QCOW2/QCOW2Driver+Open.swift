@@ -52,7 +52,10 @@ extension QCOW2Driver {
             "backing", roles: .cow, fallback: try await backingOptions(header, opening, file))
         let driver = QCOW2Driver(opening, file, image, options, refcountTable: refcountTable)
         try await driver.loadSnapshots()
+        try await driver.bitmaps.readDirectory()
         if !node.isReadOnly { try await driver.prepareWriting() }
+        try await driver.bitmaps.load()
+        driver.bitmaps.activate(readOnly: node.isReadOnly)
         driver.startCleaning()
         return driver
     }
@@ -92,12 +95,6 @@ extension QCOW2Driver {
             throw BlockError(
                 .corrupt, "the image is marked corrupt and cannot be written",
                 remedy: "repair it, or open it with read-only=on")
-        }
-        if header.hasBitmaps {
-            throw BlockError(
-                .unsupported,
-                "the image has persistent dirty bitmaps; writing such images is not "
-                    + "supported", remedy: "open it with read-only=on")
         }
     }
 
@@ -256,6 +253,7 @@ extension QCOW2Driver {
             if header.version == 3 {
                 data["lazy-refcounts"] = .bool(header.compatible.contains(.lazyRefcounts))
             }
+            data["bitmaps"] = bitmaps.information
             data["refcount-bits"] = .integer(1 << header.refcountOrder)
             if header.version == 3 {
                 data["corrupt"] = .bool(result.isCorrupt)

@@ -41,6 +41,7 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
 
     let l2: QCOW2TableCache
     let refcounts: QCOW2Refcounts
+    let bitmaps: QCOW2Bitmaps
     /// log2 of the entries in a slice, and of the guest bytes that one maps.
     let sliceEntryBits: Int
     let sliceShift: Int
@@ -103,6 +104,7 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
         sliceShift = sliceEntryBits + geometry.clusterBits
         refcounts = QCOW2Refcounts(
             image, table: refcountTable, cacheBytes: options.refcountCacheBytes)
+        bitmaps = QCOW2Bitmaps(image, refcounts)
         node.size = image.header.size
         node.limits = file.node.limits
         node.limits.requestAlignment = min(

@@ -23,6 +23,7 @@ final class QCOW2Image {
     /// Told once, with what was found.
     var corruptionHook: ((String) -> Void)?
     private var growing: QCOW2WaitQueue?
+    private var headerWriting: QCOW2WaitQueue?
     /// From here on the file was grown by this driver: bytes that nobody wrote are zeroes.
     private(set) var grownFrom: Int
     private(set) var hasGrown = false
@@ -39,6 +40,14 @@ final class QCOW2Image {
 
     /// Writes the header as it stands. Durable only after a flush.
     func writeHeader() async throws(BlockError) {
+        // One at a time: an older state must not come to lie over a newer one.
+        while let headerWriting { await headerWriting.wait() }
+        let queue = QCOW2WaitQueue()
+        headerWriting = queue
+        defer {
+            headerWriting = nil
+            queue.wakeAll()
+        }
         let bytes = try header.serialised()
         var padded = bytes
         // Whole sectors: what followed an earlier, longer header goes.

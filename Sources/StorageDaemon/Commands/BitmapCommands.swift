@@ -80,10 +80,10 @@ extension StorageDaemon {
         switch action {
         case .add: return try await add(reader)
         case .remove: return try remove(reader)
-        case .clear: return try clear(reader)
-        case .enable: return try enable(reader, true)
-        case .disable: return try enable(reader, false)
-        case .merge: return try merge(reader)
+        case .clear: return try await clear(reader)
+        case .enable: return try await enable(reader, true)
+        case .disable: return try await enable(reader, false)
+        case .merge: return try await merge(reader)
         }
     }
 
@@ -116,51 +116,34 @@ extension StorageDaemon {
             finish: { () throws(BlockError) in try await node.discardDirtyBitmap(bitmap) })
     }
 
-    private func clear(_ reader: OptionReader) throws(BlockError) -> Undo {
-        let (_, bitmap) = try target(reader)
+    private func clear(_ reader: OptionReader) async throws(BlockError) -> Undo {
+        let (node, bitmap) = try target(reader)
         try reader.finish()
-        try bitmap.check()
-        return undoable(bitmap) { bitmap.clear() }
+        let before = bitmap.contents
+        try await node.clearDirtyBitmap(bitmap)
+        return Undo(atOnce: { () throws(BlockError) in bitmap.contents = before })
     }
 
     private func enable(
         _ reader: OptionReader, _ isEnabled: Bool
-    ) throws(BlockError) -> Undo {
-        let (_, bitmap) = try target(reader)
+    ) async throws(BlockError) -> Undo {
+        let (node, bitmap) = try target(reader)
         try reader.finish()
-        try bitmap.check([.busy, .inconsistent])
         let was = bitmap.isEnabled
-        bitmap.isEnabled = isEnabled
+        try await node.setDirtyBitmap(bitmap, enabled: isEnabled)
         return Undo(atOnce: { () throws(BlockError) in bitmap.isEnabled = was })
     }
 
-    private func merge(_ reader: OptionReader) throws(BlockError) -> Undo {
+    private func merge(_ reader: OptionReader) async throws(BlockError) -> Undo {
         let (node, bitmap) = try target(reader, named: "target")
         guard let list = try reader.list("bitmaps") else {
             throw BlockError(.invalidArgument, "\(reader.subject): 'bitmaps' is missing")
         }
         try reader.finish()
-        try bitmap.check()
         var sources: [DirtyBitmap] = []
-        for value in list {
-            let source = try dirtyBitmap(value, defaultNode: node)
-            try source.check([.busy, .inconsistent])
-            sources.append(source)
-        }
+        for value in list { sources.append(try dirtyBitmap(value, defaultNode: node)) }
         let before = bitmap.contents
-        do throws(BlockError) {
-            for source in sources { try bitmap.merge(source) }
-        } catch {
-            bitmap.contents = before
-            throw error
-        }
-        return Undo(atOnce: { () throws(BlockError) in bitmap.contents = before })
-    }
-
-    /// What undoes a change of a bitmap's bits, which it makes.
-    private func undoable(_ bitmap: DirtyBitmap, _ change: () -> Void) -> Undo {
-        let before = bitmap.contents
-        change()
+        try await node.mergeDirtyBitmaps(sources, into: bitmap)
         return Undo(atOnce: { () throws(BlockError) in bitmap.contents = before })
     }
 
