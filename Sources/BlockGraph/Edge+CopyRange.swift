@@ -80,6 +80,7 @@ extension BlockNode {
         else {
             throw BlockError(.unsupported, "only whole blocks are copied by the storage")
         }
+        try await willChange()
         let identifier = await begin(range, serialising: false)
         defer { tracker.leave(identifier) }
         do throws(BlockError) {

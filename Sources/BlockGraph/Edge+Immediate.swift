@@ -34,7 +34,7 @@ extension Edge {
         guard gateCount == 0, vector.count > 0, isWithin(node, offset, vector.count),
             access.uses.contains(.write), !node.isReadOnly, !isWriteThrough,
             node.isPlain(offset, vector), node.options.zeroDetection == .off,
-            node.tracker.allowsImmediateWrites
+            node.tracker.allowsImmediateWrites, !node.awaitsFirstChange
         else { return false }
         if !isRoot { return node.writtenNow(offset, vector) }
         let start = node.thread.now

@@ -11,6 +11,7 @@ import ArgumentParser
             ServeCommand.self,
             FleeceCommand.self,
             CreateCommand.self,
+            BitmapCommand.self,
             InfoCommand.self,
             MapCommand.self,
             CheckCommand.self,

@@ -213,13 +213,17 @@ import Testing
         try? FileManager.default.copyItem(atPath: "\(path)/a.qcow2", toPath: "\(path)/\(name)")
     }
 
-    @Test(arguments: ["zero", "discard", "resize"]) func everyKindOfChangeMarksTheImage(
+    @Test(arguments: ["now", "zero", "discard", "resize"]) func everyKindOfChangeMarksTheImage(
         kind: String
     ) async throws {
         let folder = try Self.folderWithBitmap()
         let path = folder.path
         try await folder.open("a.qcow2") { edge throws(BlockError) in
             switch kind {
+            case "now":
+                let data = try IOVector(allocating: 4096)
+                #expect(!edge.writeNow(1 << 20, from: data), "before it is marked")
+                try await edge.write(1 << 20, from: data)
             case "zero": try await edge.writeZeroes(ByteRange(0, 65_536))
             case "discard": try await edge.discard(ByteRange(1 << 20, 65_536))
             default: try await edge.resize(to: Self.size * 2)
