@@ -239,6 +239,8 @@ public final class DirtyBitmap: WriteObserver {
 
     /// Splits the changes from here on from those before: questions are answered by those before, as
     /// a job that works them off wants it. ``join(droppingOlder:)`` ends it.
+    ///
+    /// For a persistent bitmap ``BlockNode/willChange()`` comes first.
     public func split() {
         precondition(newer == nil, "a dirty bitmap is split once at a time")
         newer = ClusterBitmap(count: bits.count)

@@ -58,15 +58,18 @@ public struct ImageBitmap: Sendable {
             other.withoutBacking = true
             source = try await session.use(other, as: "image bitmap")
         }
-        for action in actions {
+        var failure: BlockError?
+        for action in actions where failure == nil {
             do throws(BlockError) {
                 try await carryOut(action, edge.node, source?.node ?? edge.node)
             } catch {
-                throw error.doing("cannot \(action.name) the bitmap '\(name)'")
+                failure = error.doing("cannot \(action.name) the bitmap '\(name)'")
             }
         }
+        // Closed in order all the same: what was done before is stored.
         if let source { try await session.graph.detach(source) }
         try await session.graph.detach(edge)
+        if let failure { throw failure }
     }
 
     private func carryOut(
