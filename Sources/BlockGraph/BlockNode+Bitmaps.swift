@@ -42,6 +42,7 @@ extension BlockNode {
             throw BlockError(
                 .exhausted, "it has \(Limits.bitmapCountMax) dirty bitmaps already", node: name)
         }
+        bitmap.node = self
         dirtyBitmaps.append(bitmap)
         addWriteObserver(bitmap)
     }
@@ -91,7 +92,8 @@ extension BlockNode {
 
     /// Comes before a bitmap is changed by others than the node's requests.
     private func willChange(_ bitmap: DirtyBitmap) async throws(BlockError) {
-        if bitmap.isPersistent { try await willChange() }
+        // What is stored of a node that is read-only stays as it is.
+        if bitmap.isPersistent, !isReadOnly { try await willChange() }
     }
 
     /// Clears a bitmap.

@@ -24,7 +24,9 @@ public final class DirtyBitmap: WriteObserver {
     /// It is stored in the node's image when that closes.
     public var isPersistent = false
     /// The image that it is stored in is open for reading only.
-    public var isReadOnly = false
+    public var isReadOnly: Bool { isPersistent && node?.isReadOnly ?? false }
+    /// The node that it is on, or was on last.
+    weak var node: BlockNode?
     /// It does not tell what changed: the image that it came from was not closed.
     public private(set) var isInconsistent = false
     /// Who relies on it, as errors name them.

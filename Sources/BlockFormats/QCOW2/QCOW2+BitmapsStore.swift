@@ -24,6 +24,8 @@ final class QCOW2Bitmaps: BitmapStore {
     private(set) var entries: [QCOW2.BitmapEntry] = []
     /// Why the directory cannot be used: of images that are open read-only.
     private(set) var failure: BlockError?
+    /// A driver that takes the place of another one reads the directory when it needs it.
+    private var isRead = false
     private var directory: QCOW2.BitmapsExtension?
     private var changing: QCOW2WaitQueue?
 
@@ -44,6 +46,7 @@ final class QCOW2Bitmaps: BitmapStore {
     func readDirectory() async throws(BlockError) {
         do throws(BlockError) {
             try await readEntries()
+            isRead = true
         } catch {
             entries = []
             directory = nil
@@ -53,6 +56,7 @@ final class QCOW2Bitmaps: BitmapStore {
                     remedy: "repair it, or open it with read-only=on", node: error.node)
             }
             failure = error
+            isRead = true
         }
     }
 
@@ -133,6 +137,13 @@ final class QCOW2Bitmaps: BitmapStore {
             bitmap.isEnabled = entry.flags.contains(.auto) && !bitmap.isInconsistent
             try node.addDirtyBitmap(bitmap)
         }
+        // What cannot be read cannot be marked: should the node be written later, it is refused then.
+        node.awaitsFirstChange = failure != nil || Self.areValid(entries)
+    }
+
+    /// Whether one of them has to be marked before a change.
+    private static func areValid(_ entries: [QCOW2.BitmapEntry]) -> Bool {
+        entries.contains { $0.isUsable && !$0.flags.contains(.inUse) }
     }
 
     /// The bitmap of an entry; without its bits where they say nothing.
@@ -199,16 +210,6 @@ final class QCOW2Bitmaps: BitmapStore {
         }
     }
 
-    /// From here on the node is used as its mode says.
-    func activate(readOnly: Bool) {
-        for entry in entries where entry.isUsable {
-            guard let name = entry.text else { continue }
-            node.dirtyBitmap(named: name)?.isReadOnly = readOnly
-        }
-        node.awaitsFirstChange =
-            !readOnly && entries.contains { $0.isUsable && !$0.flags.contains(.inUse) }
-    }
-
     // MARK: Changes
 
     /// One change of the directory at a time.
@@ -222,6 +223,7 @@ final class QCOW2Bitmaps: BitmapStore {
             changing = nil
             queue.wakeAll()
         }
+        if !isRead { try await readDirectory() }
         return try await body()
     }
 
@@ -229,7 +231,12 @@ final class QCOW2Bitmaps: BitmapStore {
     /// nothing of what they describe does.
     func beginChanges() async throws(BlockError) {
         try await exclusively { () throws(BlockError) in
-            guard node.awaitsFirstChange, let directory else { return }
+            guard node.awaitsFirstChange else { return }
+            if let failure { throw failure }
+            guard let directory else {
+                node.awaitsFirstChange = false
+                return
+            }
             var marked = entries
             for index in marked.indices where marked[index].isUsable {
                 marked[index].flags.insert(.inUse)
@@ -419,7 +426,7 @@ extension QCOW2Bitmaps {
         }
         directory = place
         entries = new
-        node.awaitsFirstChange = new.contains { $0.isUsable && !$0.flags.contains(.inUse) }
+        node.awaitsFirstChange = Self.areValid(new)
         for entry in new { protect(entry.tableOffset, entry.tableCount * 8, true) }
         if let place { protect(place.directoryOffset, place.directoryBytes, true) }
         for entry in dropped { try await giveBack(entry) }
@@ -491,7 +498,9 @@ extension QCOW2Bitmaps {
     // MARK: Information
 
     /// As image information tells of them; `nil` where there are none.
-    var information: JSONValue? {
+    func information() async -> JSONValue? {
+        // Information is there of images, too, whose bitmaps are not.
+        if !isRead { try? await readDirectory() }
         let usable = entries.filter(\.isUsable)
         if usable.isEmpty { return nil }
         return .array(

@@ -55,7 +55,6 @@ extension QCOW2Driver {
         try await driver.bitmaps.readDirectory()
         if !node.isReadOnly { try await driver.prepareWriting() }
         try await driver.bitmaps.load()
-        driver.bitmaps.activate(readOnly: node.isReadOnly)
         driver.startCleaning()
         return driver
     }
@@ -253,7 +252,7 @@ extension QCOW2Driver {
             if header.version == 3 {
                 data["lazy-refcounts"] = .bool(header.compatible.contains(.lazyRefcounts))
             }
-            data["bitmaps"] = bitmaps.information
+            data["bitmaps"] = await bitmaps.information()
             data["refcount-bits"] = .integer(1 << header.refcountOrder)
             if header.version == 3 {
                 data["corrupt"] = .bool(result.isCorrupt)
