@@ -473,28 +473,6 @@ extension QCOW2Bitmaps {
         }
     }
 
-    // MARK: References
-
-    /// Every run of clusters that the directory, the tables and the bits take, for counting.
-    func references() async throws(BlockError) -> [(first: Int, count: Int)] {
-        var result: [(first: Int, count: Int)] = []
-        func add(_ offset: Int, _ bytes: Int) {
-            result.append(
-                (offset >> geometry.clusterBits, geometry.clusterCount(for: bytes)))
-        }
-        if let directory { add(directory.directoryOffset, directory.directoryBytes) }
-        for entry in entries {
-            add(entry.tableOffset, entry.tableCount * 8)
-            for item in try await readTable(entry)
-            where item.offset > 0
-                && item.isValid(clusterSize: geometry.clusterSize, fileSize: image.file.size)
-            {
-                add(item.offset, geometry.clusterSize)
-            }
-        }
-        return result
-    }
-
     // MARK: Information
 
     /// As image information tells of them; `nil` where there are none.
