@@ -105,7 +105,7 @@ extension QCOW2Driver {
             return 0
         }
         let part = vector.slice(0, count)
-        lanes.start { () throws(BlockError) in
+        await lanes.start(isLast: count == vector.count) { () throws(BlockError) in
             try await self.write(beside: other, way, offset, part)
         }
         return count

@@ -43,7 +43,7 @@ extension QCOW2Driver: QCOW2TableView {
             return
         }
         let lanes = QCOW2Lanes(on: thread)
-        lanes.start { () throws(BlockError) in
+        await lanes.start { () throws(BlockError) in
             try await self.read(first, offset, into: vector.slice(0, first.count))
         }
         do throws(BlockError) {
@@ -53,7 +53,8 @@ extension QCOW2Driver: QCOW2TableView {
                 let position = offset + done
                 let run = try await run(at: position, limit: vector.count - done, of: view)
                 let part = vector.slice(done, run.count)
-                lanes.start { () throws(BlockError) in
+                let isLast = done + run.count == vector.count
+                await lanes.start(isLast: isLast) { () throws(BlockError) in
                     try await self.read(run, position, into: part)
                 }
                 done += run.count

@@ -118,7 +118,7 @@ extension QCOW2Driver {
                 }
                 let memory = try IOBuffer(count: geometry.clusterSize).prefix(geometry.clusterSize)
                 tables.append(memory)
-                lanes.start { () throws(BlockError) in
+                await lanes.start { () throws(BlockError) in
                     try await self.readFile(offset, into: IOVector(memory))
                 }
             }

@@ -68,7 +68,7 @@ extension QCOW2Driver {
         let run = run(slice, offset, vector.count)
         if run.kind == .normal, run.isCopied {
             let part = vector.slice(0, run.count)
-            lanes.start { () throws(BlockError) in
+            await lanes.start(isLast: run.count == vector.count) { () throws(BlockError) in
                 try await self.writeInPlace(run, offset, part)
             }
             return run.count
@@ -120,7 +120,7 @@ extension QCOW2Driver {
         allocation.clusters = first..<(first + clusters.count)
         let count = min(vector.count, (first + clusters.count) << bits - offset)
         let data = vector.slice(0, count)
-        lanes.start { () throws(BlockError) in
+        await lanes.start(isLast: count == vector.count) { () throws(BlockError) in
             try await self.fill(allocation, clusters, offset, data, reuses: reuses)
         }
         return count

@@ -24,8 +24,19 @@ final class QCOW2Lanes: @unchecked Sendable {
         await wait(until: Self.countMax - 1)
     }
 
-    /// Starts a piece; it runs up to its first wait before this returns.
-    func start(_ piece: @escaping @Sendable () async throws(BlockError) -> Void) {
+    /// Starts a piece; it runs up to its first wait before this returns. The last one is carried out:
+    /// nobody has to run beside it.
+    func start(
+        isLast: Bool = false, _ piece: @escaping @Sendable () async throws(BlockError) -> Void
+    ) async {
+        if isLast {
+            do throws(BlockError) {
+                try await piece()
+            } catch {
+                failure = failure ?? error
+            }
+            return
+        }
         running += 1
         thread.spawn {
             do throws(BlockError) {
