@@ -153,6 +153,10 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// Finishes internal work that is under way; no requests of users are.
     func settle() async
 
+    /// Changes properties of the image; see ``BlockGraph/amend(_:_:)``. No requests of users are in
+    /// flight.
+    func amend(_ amendment: ImageAmendment) async throws(BlockError)
+
     var information: NodeInformation { get async throws(BlockError) }
     /// The name people know the image by, as `json:{…}` when nothing plainer says it all.
     var filename: String { get }
@@ -185,6 +189,9 @@ extension BlockDriver {
     public func checkReplacement(of edge: Edge) throws(BlockError) {}
     public func childResized(_ edge: Edge) {}
     public func settle() async {}
+    public func amend(_ amendment: ImageAmendment) async throws(BlockError) {
+        throw BlockError(.unsupported, "images of this driver cannot be amended")
+    }
     public var information: NodeInformation {
         get async throws(BlockError) { NodeInformation() }
     }

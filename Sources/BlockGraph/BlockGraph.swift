@@ -14,6 +14,8 @@ public final class BlockGraph: @unchecked Sendable {
     public private(set) var nodes: [BlockNode] = []
     private var byName: [String: BlockNode] = [:]
     private var lastAutomaticName = 0
+    /// What options of nodes refer to, by identifier; see `addObject` and `removeObject`.
+    public internal(set) var objects: [String: any GraphObject] = [:]
     /// Of sections that are drained right now.
     private var drains: [DrainSection] = []
 

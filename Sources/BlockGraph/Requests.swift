@@ -87,6 +87,8 @@ public struct NodeInformation: Sendable {
     public var clusterSize = 0
     public var isDirty = false
     public var isCorrupt = false
+    /// The data is encrypted.
+    public var isEncrypted = false
     /// The backing image's name as the image has it; `nil` where it names none.
     public var backingName: String?
     /// The backing image's format, where the image tells.

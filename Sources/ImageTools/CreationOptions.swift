@@ -65,6 +65,7 @@ extension CreationOption {
     static func options(of format: String) -> [CreationOption] {
         switch format {
         case "qcow2": qcow2 + file
+        case "luks": luks + file
         default: [size, file[0], preallocation, file[1]]
         }
     }
@@ -73,6 +74,18 @@ extension CreationOption {
     private static let preallocation = CreationOption(
         "preallocation", .text, "How space is reserved: off, falloc, full")
 
+    private static let luks = [
+        size,
+        CreationOption("preallocation", .text, "How space is reserved: off, falloc, full"),
+        CreationOption("key-secret", .text, "The secret that holds the passphrase"),
+        CreationOption("cipher-alg", .text, "Encryption: aes-128 or aes-256"),
+        CreationOption("cipher-mode", .text, "Its mode: xts or cbc"),
+        CreationOption("ivgen-alg", .text, "Vectors of sectors: plain64, plain or essiv"),
+        CreationOption("ivgen-hash-alg", .text, "The hash of essiv"),
+        CreationOption("hash-alg", .text, "The hash that makes keys of passphrases"),
+        CreationOption("iter-time", .number, "Milliseconds that trying a passphrase takes"),
+    ]
+
     private static let file = [
         CreationOption("nocow", .switching, "Without copy-on-write in the file system (btrfs)"),
         CreationOption("extent_size_hint", .size, "A hint to the file system; 0 for none"),
@@ -80,8 +93,20 @@ extension CreationOption {
 
     private static let qcow2 = [
         CreationOption("encryption", .switching, "Encrypt with the old AES format"),
-        CreationOption("encrypt.format", .text, "Encrypt: aes or luks"),
+        CreationOption("encrypt.format", .text, "Encrypt: luks"),
         CreationOption("encrypt.key-secret", .text, "The secret that holds the passphrase"),
+        CreationOption(
+            "encrypt.cipher-alg", .text, "Encryption: aes-128 or aes-256"),
+        CreationOption(
+            "encrypt.cipher-mode", .text, "Its mode: xts or cbc"),
+        CreationOption(
+            "encrypt.ivgen-alg", .text, "Vectors of sectors: plain64, plain or essiv"),
+        CreationOption(
+            "encrypt.ivgen-hash-alg", .text, "The hash of essiv"),
+        CreationOption(
+            "encrypt.hash-alg", .text, "The hash that makes keys of passphrases"),
+        CreationOption(
+            "encrypt.iter-time", .number, "Milliseconds that trying a passphrase takes"),
         CreationOption(
             "cluster_size", .size, "Cluster size, a power of two from 512 to 2M",
             standard: "65536"),
@@ -102,4 +127,48 @@ extension CreationOption {
         CreationOption(
             "refcount_bits", .number, "Width of a reference count: 1 to 64", standard: "16"),
     ]
+}
+
+extension CreationOption {
+    /// One line each, by name.
+    static func helpLines(_ options: [CreationOption]) -> String {
+        var text = ""
+        for option in options.sorted(by: { $0.name < $1.name }) {
+            let kind =
+                switch option.kind {
+                case .text: "<str>"
+                case .size: "<size>"
+                case .switching: "<bool (on/off)>"
+                case .number: "<num>"
+                }
+            let left = "  \(option.name)=\(kind)"
+            let gap = String(repeating: " ", count: max(0, 24 - left.count))
+            text += "\(left)\(gap) - \(option.help)\n"
+        }
+        return text
+    }
+
+    /// What can be changed of images of a format; nothing of most.
+    static func amendable(of format: String) -> [CreationOption] {
+        switch format {
+        case "luks": return keys(prefix: "")
+        case "qcow2":
+            let names = [
+                "size", "compat", "backing_file", "backing_fmt", "lazy_refcounts", "refcount_bits",
+            ]
+            return qcow2.filter { names.contains($0.name) } + keys(prefix: "encrypt.")
+        default: return []
+        }
+    }
+
+    private static func keys(prefix: String) -> [CreationOption] {
+        [
+            CreationOption("\(prefix)state", .text, "active: set a key; inactive: erase keys"),
+            CreationOption("\(prefix)new-secret", .text, "The secret to set"),
+            CreationOption("\(prefix)old-secret", .text, "A secret that opens slots now"),
+            CreationOption("\(prefix)keyslot", .number, "This key slot, 0 to 7"),
+            CreationOption(
+                "\(prefix)iter-time", .number, "Milliseconds that trying a passphrase takes"),
+        ]
+    }
 }

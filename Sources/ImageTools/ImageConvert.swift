@@ -37,6 +37,9 @@ public struct ImageConvert: Sendable {
     static let sparseBytesMax = 16 << 20
     static let workerCountMax = 16
 
+    /// What `--object` makes: secrets that the target's options name.
+    public var objects: [String] = []
+
     public init() {}
 
     /// What there is for `-o`.
@@ -54,6 +57,7 @@ public struct ImageConvert: Sendable {
         create.options = options
         create.backing = backing
         create.backingFormat = backingFormat
+        create.objects = objects
         return create
     }
 
@@ -232,6 +236,8 @@ public struct ImageConvert: Sendable {
         var target = ImageSource(
             path, format: targetIsOptions ? nil : targetFormat, isOptions: targetIsOptions)
         target.isWritable = true
+        target.objects = objects
+        if creates { target.more = try creation(at: path).openingOptions() }
         target.cache = targetCache
         target.discards = true
         let user = try await session.use(

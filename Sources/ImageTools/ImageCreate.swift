@@ -12,6 +12,8 @@ public struct ImageCreate: Sendable {
     public var options: [String] = []
     public var backing: String?
     public var backingFormat: String?
+    /// What `--object` makes: secrets that options name.
+    public var objects: [String] = []
     /// Take the backing image's name as it is, without opening it (`-u`).
     public var trustsBacking = false
     /// What errors call the image, where that is not its path.
@@ -24,21 +26,7 @@ public struct ImageCreate: Sendable {
     /// What there is for `-o`, one line each, as `-o help` prints it.
     public func help() throws(BlockError) -> String {
         _ = try creator()
-        var text = "Supported options:\n"
-        let all = CreationOption.options(of: format)
-        for option in all.sorted(by: { $0.name < $1.name }) {
-            let kind =
-                switch option.kind {
-                case .text: "<str>"
-                case .size: "<size>"
-                case .switching: "<bool (on/off)>"
-                case .number: "<num>"
-                }
-            let left = "  \(option.name)=\(kind)"
-            let gap = String(repeating: " ", count: max(0, 24 - left.count))
-            text += "\(left)\(gap) - \(option.help)\n"
-        }
-        return text
+        return "Supported options:\n" + CreationOption.helpLines(CreationOption.options(of: format))
     }
 
     /// Whether `-o help` was asked for.
@@ -63,6 +51,7 @@ public struct ImageCreate: Sendable {
     private func make(
         in session: ToolSession, _ announce: (String) -> Void
     ) async throws(BlockError) {
+        try await session.add(objects: objects)
         let creator = try creator()
         var values = try readOptions()
         if let backing { values["backing_file"] = backing }
@@ -155,6 +144,7 @@ public struct ImageCreate: Sendable {
         if trustsBacking { return }
         let path = ImageName.resolve(backing, besides: name)
         var source = ImageSource(path, format: values["backing_fmt"])
+        source.objects = objects
         guard source.format != nil else {
             let found = try await detectedFormat(source, in: session)
             throw BlockError(
@@ -206,7 +196,7 @@ public struct ImageCreate: Sendable {
             if ["nocow", "extent_size_hint"].contains(option.name) {
                 file[option.driverName] = option.driverValue(value)
             } else {
-                options[option.driverName] = option.driverValue(value)
+                options.set(option.driverName, option.driverValue(value))
             }
         }
         // The file is made first, empty, and the format then in it. What a raw image reserves is
@@ -218,6 +208,12 @@ public struct ImageCreate: Sendable {
         try await Self.create(
             try ToolSession.registry.driver(named: "file").create, file, in: session)
         if format == "raw" { return }
+        if case .string(let dataPath) = options["data-file"] {
+            let data: JSONObject = ["filename": .string(dataPath), "size": 0]
+            try await Self.create(
+                try ToolSession.registry.driver(named: "file").create, data, in: session)
+            options["data-file"] = ["driver": "file", "filename": .string(dataPath)]
+        }
         options["file"] = ["driver": "file", "filename": .string(path)]
         try await Self.create(create, options, in: session)
     }
@@ -235,5 +231,32 @@ public struct ImageCreate: Sendable {
             throw error
         }
         try await creation.finish()
+    }
+}
+
+extension JSONObject {
+    /// Sets a member, or with one dot in the name a member of a member: `encrypt.format`.
+    mutating func set(_ name: String, _ value: JSONValue) {
+        guard let dot = name.firstIndex(of: ".") else {
+            self[name] = value
+            return
+        }
+        let outer = String(name[..<dot])
+        var group = JSONObject()
+        if case .object(let found) = self[outer] { group = found }
+        group[String(name[name.index(after: dot)...])] = value
+        self[outer] = .object(group)
+    }
+}
+
+extension ImageCreate {
+    /// The options that open the new image: the key that it was made with.
+    func openingOptions() throws(BlockError) -> JSONObject {
+        var result = JSONObject()
+        let values = try readOptions()
+        for name in ["key-secret", "encrypt.key-secret"] {
+            if let value = values[name] { result.set(name, .string(value)) }
+        }
+        return result
     }
 }

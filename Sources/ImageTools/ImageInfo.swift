@@ -14,6 +14,7 @@ public struct ImageInfo: Sendable {
     /// 0 where there are no clusters.
     public var clusterSize: Int
     public var isDirty: Bool
+    public var isEncrypted: Bool
     public var backingName: String?
     /// As seen from where the command runs.
     public var backingPath: String?
@@ -37,8 +38,12 @@ public struct ImageInfo: Sendable {
         if let file = storage.driver as? FileDriver {
             actualSize = try await file.allocatedBytes()
         }
+        if let data = node.child(named: "data-file")?.node.driver as? FileDriver {
+            actualSize = (actualSize ?? 0) + (try await data.allocatedBytes())
+        }
         clusterSize = information.clusterSize
         isDirty = information.isDirty
+        isEncrypted = information.isEncrypted
         backingName = information.backingName
         backingFormat = information.backingFormat
         backingPath = backingName.map { ImageName.resolve($0, besides: self.filename) }
@@ -66,6 +71,7 @@ public struct ImageInfo: Sendable {
             }
             var below = ImageSource(path, format: info.backingFormat)
             below.sharesAll = source.sharesAll
+            below.objects = source.objects
             next = below
         }
         return result
@@ -74,7 +80,7 @@ public struct ImageInfo: Sendable {
     private static func one(
         _ source: ImageSource, _ filename: String?, in session: ToolSession
     ) async throws(BlockError) -> ImageInfo {
-        let edge = try await session.use(source, as: "image information")
+        let edge = try await session.use(source, as: "image information", .none)
         let name = filename.map { $0.hasPrefix("file:") ? String($0.dropFirst(5)) : $0 }
         let info = try await ImageInfo(of: edge.node, filename: name)
         try await session.graph.detach(edge)
@@ -90,6 +96,7 @@ public struct ImageInfo: Sendable {
             "virtual size: \(SizeText.format(virtualSize)) (\(virtualSize) bytes)",
             "disk size: \(actualSize.map(SizeText.format) ?? "unavailable")",
         ]
+        if isEncrypted { lines.append("encrypted: yes") }
         if clusterSize > 0 { lines.append("cluster_size: \(clusterSize)") }
         if isDirty { lines.append("cleanly shut down: no") }
         if let backingName {
@@ -156,6 +163,7 @@ public struct ImageInfo: Sendable {
             result["full-backing-filename"] = .string(backingPath)
             result["backing-filename"] = .string(backingName)
         }
+        if isEncrypted { result["encrypted"] = true }
         result["dirty-flag"] = .bool(isDirty)
         return .object(result)
     }

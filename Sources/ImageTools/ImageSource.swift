@@ -22,6 +22,10 @@ public struct ImageSource: Sendable {
     /// Called when a writable image's format was found out to be raw: what a guest writes is held
     /// back then where it would make the image look like another format.
     public var foundRaw: (@Sendable () -> Void)?
+    /// What `--object` makes: secrets that the image's options name.
+    public var objects: [String] = []
+    /// Options of the image's driver, beside those that the name holds.
+    public var more = JSONObject()
     /// The image alone: its backing image stays closed.
     public var withoutBacking = false
     /// Nothing that the image names is followed.
@@ -87,7 +91,9 @@ extension ToolSession {
     ///
     /// - Throws: also when the format must be found out and the image cannot be read.
     public func options(for source: ImageSource) async throws(BlockError) -> JSONValue {
+        try await add(objects: source.objects)
         var options = try await namedOptions(source)
+        for (key, value) in source.more.members { options[key] = value }
         setDefault("read-only", .bool(!source.isWritable), in: &options)
         setDefault("discard", source.discards ? "unmap" : "ignore", in: &options)
         if let detection = source.zeroDetection { options["detect-zeroes"] = .string(detection) }

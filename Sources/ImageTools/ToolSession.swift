@@ -7,12 +7,17 @@ import BlockProtocols
 import QMP
 
 /// A graph of its own on a thread of its own, for one command.
-public final class ToolSession: Sendable {
+///
+/// Confined to its thread, once it runs.
+public final class ToolSession: @unchecked Sendable {
     public let thread: IOThread
     public let graph: BlockGraph
 
     public static let registry = DriverRegistry(
         BlockProtocols.drivers + BlockFormats.drivers + BlockFilters.drivers)
+
+    /// The texts of the objects that were made.
+    var madeObjects: Set<String> = []
 
     private init(_ thread: IOThread) {
         self.thread = thread

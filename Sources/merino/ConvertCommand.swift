@@ -108,6 +108,7 @@ struct ConvertCommand: ParsableCommand {
                 remedy: "as in 'convert -O qcow2 disk.raw disk.qcow2'")
         }
         convert.target = target
+        convert.objects = image.object
         for name in files.dropLast() {
             var source = try image.source(name)
             source.cache = try CacheMode(named: sourceCache)

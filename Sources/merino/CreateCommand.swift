@@ -35,7 +35,7 @@ struct CreateCommand: ParsableCommand {
         help: "Do not look at the backing image.")
     var trustsBacking = false
     @Flag(name: [.customShort("q"), .long], help: "Say nothing.") var quiet = false
-    @Option(help: "Objects are not needed to create images.") var object: [String] = []
+    @Option(help: "An object that the options name, as in secret,id=….") var object: [String] = []
 
     func run() throws {
         var create = ImageCreate(file ?? "")
@@ -44,9 +44,9 @@ struct CreateCommand: ParsableCommand {
         create.backing = backing
         create.backingFormat = backingFormat
         create.trustsBacking = trustsBacking
+        create.objects = object
         let isQuiet = quiet
         try Failure.rethrow { () throws(BlockError) in
-            guard object.isEmpty else { throw .notThere("--object with create") }
             if create.wantsHelp {
                 StandardOutput.print(try create.help())
                 return

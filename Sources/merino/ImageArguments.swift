@@ -19,9 +19,9 @@ struct ImageArguments: ParsableArguments {
     @Option(help: "An object that the image needs, as in secret,id=….") var object: [String] = []
 
     func source(_ name: String) throws(BlockError) -> ImageSource {
-        guard object.isEmpty else { throw .notThere("--object with images") }
         var source = ImageSource(name, format: format, isOptions: imageOptions)
         source.sharesAll = forceShare
+        source.objects = object
         return source
     }
 }

@@ -15,6 +15,7 @@ import ArgumentParser
             InfoCommand.self,
             MapCommand.self,
             CheckCommand.self,
+            AmendCommand.self,
             ConvertCommand.self,
             CompareCommand.self,
             IOCommand.self,

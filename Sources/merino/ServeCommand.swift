@@ -64,7 +64,7 @@ struct ServeCommand: ParsableCommand {
     var tlsCredentials: String?
     @Option(name: .customLong("tls-authz"), help: "Whom the authorization object lets in.")
     var tlsAuthorization: String?
-    @Option(help: "tls-creds-x509, tls-creds-psk or authz-simple, with id=… and the like.")
+    @Option(help: "tls-creds-x509, tls-creds-psk, authz-simple or secret, with id=….")
     var object: [String] = []
     @Option(name: .customLong("pid-file"), help: "Write the process's number here when ready.")
     var pidFile: String?
@@ -94,11 +94,10 @@ struct ServeCommand: ParsableCommand {
         }
     }
 
-    private func serverOptions() throws(BlockError) -> NBDServer.Options {
+    private func serverOptions(_ objects: ServeObjects) throws(BlockError) -> NBDServer.Options {
         var options = NBDServer.Options()
         options.connectionCountMax = shared
         options.handshakeSeconds = handshakeLimit
-        let objects = try ServeObjects(object)
         if let tlsCredentials {
             options.credentials = try objects.credentials(named: tlsCredentials)
         }
@@ -109,8 +108,9 @@ struct ServeCommand: ParsableCommand {
     }
 
     private func serve() throws(BlockError) {
-        let source = try opening.source(file)
-        let options = try serverOptions()
+        let objects = try ServeObjects(object)
+        let source = try opening.source(file, secrets: objects.secrets)
+        let options = try serverOptions(objects)
         let inherited = try ActivationSockets.take()
         guard inherited.isEmpty || (socket == nil && port == nil && bind == nil) else {
             throw BlockError(
@@ -222,8 +222,9 @@ struct ServeOpening: ParsableArguments {
     /// Whether clients may write.
     var isWritable: Bool { !readOnly && loadSnapshot == nil }
 
-    func source(_ name: String) throws(BlockError) -> ImageSource {
+    func source(_ name: String, secrets: [String]) throws(BlockError) -> ImageSource {
         var source = ImageSource(name, format: format, isOptions: imageOptions)
+        source.objects = secrets
         // A temporary overlay takes the writes.
         source.isWritable = isWritable && !snapshot
         source.cache = nocache ? .none : try CacheMode(named: cache)

@@ -2,11 +2,13 @@ import BlockCore
 import BlockTLS
 import QMP
 
-/// The objects that `--object` makes for `serve`: TLS credentials, and who may come in.
+/// The objects that `--object` makes for `serve`: TLS credentials, who may come in, and secrets.
 struct ServeObjects {
     private var credentials: [String: TLSCredentials] = [:]
     /// The one name each lets in: a certificate's distinguished name, or a key's user.
     private var identities: [String: String] = [:]
+    /// The texts of secrets, which the image's options name.
+    private(set) var secrets: [String] = []
 
     /// - Parameter texts: `type,id=…,key=value…`, or JSON with `qom-type`.
     init(_ texts: [String]) throws(BlockError) {
@@ -14,6 +16,10 @@ struct ServeObjects {
             let options = try OptionReader(
                 try KeyValue.parse(text, impliedKey: "qom-type"), of: "--object \(text)")
             let type = try Self.required("qom-type", options)
+            if type == "secret" {
+                secrets.append(text)
+                continue
+            }
             let identifier = try Self.required("id", options)
             guard credentials[identifier] == nil, identities[identifier] == nil else {
                 throw BlockError(.alreadyExists, "there are two objects '\(identifier)'")
@@ -26,7 +32,7 @@ struct ServeObjects {
             default:
                 throw BlockError(
                     .unsupported, "--object \(text): this type is not supported here",
-                    remedy: "use tls-creds-x509, tls-creds-psk or authz-simple")
+                    remedy: "use tls-creds-x509, tls-creds-psk, authz-simple or secret")
             }
             try options.finish()
         }

@@ -187,21 +187,6 @@ struct QCOW2Variant: Sendable, CustomTestStringConvertible {
         #expect(ours == theirs)
     }
 
-    @Test(arguments: [
-        (["-o", "data_file=x.data"], "external data")
-    ])
-    func imagesThatNeedMoreAreRefusedByName(options: [String], name: String) async throws {
-        let folder = try QCOW2TestFolder()
-        try folder.run(["qemu-img", "create", "-q", "-f", "qcow2"] + options + ["a.qcow2", "1M"])
-        do {
-            _ = try await folder.contents("a.qcow2")
-            Issue.record("opened")
-        } catch let error as BlockError {
-            #expect(error.code == .unsupported)
-            #expect(error.message.contains(name), "\(error)")
-        }
-    }
-
     @Test(arguments: 1...3) func subclustersOfQEMUAreReadAndWritten(seed: Int) async throws {
         let folder = try QCOW2TestFolder()
         let size = 4 << 20

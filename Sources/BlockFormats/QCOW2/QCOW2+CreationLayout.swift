@@ -4,10 +4,10 @@ extension QCOW2 {
     /// Where everything of a new image goes, as pure numbers.
     ///
     /// ```
-    /// header │ refcount table │ refcount blocks │ L1 table │ L2 tables │ data
+    /// header │ refcount table │ refcount blocks │ L1 table │ LUKS │ L2 tables │ data
     /// └────────────────── every cluster up to `end` has refcount 1 ──────────┘
     /// ```
-    /// L2 tables and data are there only when the image is preallocated.
+    /// The LUKS header is there in encrypted images; L2 tables and data in preallocated ones.
     struct CreationLayout: Equatable, Sendable {
         let geometry: Geometry
         let size: Int
@@ -15,22 +15,29 @@ extension QCOW2 {
         let refcountBlockCount: Int
         let l1EntryCount: Int
         let l1Clusters: Int
+        let encryptionClusters: Int
         let l2TableCount: Int
         let dataClusterCount: Int
+        /// The data clusters are in a file of their own, each at its guest offset.
+        let hasDataFile: Bool
 
         var refcountTableOffset: Int { 1 << geometry.clusterBits }
         var refcountBlocksOffset: Int {
             refcountTableOffset + refcountTableClusters << geometry.clusterBits
         }
         var l1Offset: Int { refcountBlocksOffset + refcountBlockCount << geometry.clusterBits }
-        var l2Offset: Int { l1Offset + l1Clusters << geometry.clusterBits }
+        var encryptionOffset: Int { l1Offset + l1Clusters << geometry.clusterBits }
+        var l2Offset: Int { encryptionOffset + encryptionClusters << geometry.clusterBits }
         var dataOffset: Int { l2Offset + l2TableCount << geometry.clusterBits }
-        var end: Int { dataOffset + dataClusterCount << geometry.clusterBits }
+        var end: Int {
+            dataOffset + (hasDataFile ? 0 : dataClusterCount << geometry.clusterBits)
+        }
         var clusterCount: Int { end >> geometry.clusterBits }
 
         /// - Throws: `invalidArgument` when the disk is too large for the cluster size.
         init(
-            size: Int, geometry: Geometry, isPreallocated: Bool
+            size: Int, geometry: Geometry, isPreallocated: Bool, hasDataFile: Bool = false,
+            encryptionBytes: Int = 0
         ) throws(BlockError) {
             self.geometry = geometry
             self.size = size
@@ -44,10 +51,14 @@ extension QCOW2 {
             }
             l1EntryCount = geometry.l1EntryCount(for: size)
             l1Clusters = geometry.clusterCount(for: l1EntryCount * 8)
+            encryptionClusters = geometry.clusterCount(for: encryptionBytes)
+            self.hasDataFile = hasDataFile
             dataClusterCount = isPreallocated ? geometry.clusterCount(for: size) : 0
             l2TableCount = dataClusterCount == 0 ? 0 : l1EntryCount
             // Refcounts count themselves: grow until they cover all.
-            let others = 1 + l1Clusters + l2TableCount + dataClusterCount
+            let others =
+                1 + l1Clusters + encryptionClusters + l2TableCount
+                + (hasDataFile ? 0 : dataClusterCount)
             var blocks = 0
             var tables = 1
             while true {
@@ -88,13 +99,20 @@ extension QCOW2 {
             let first = index << geometry.l2Bits
             for entry in 0..<geometry.l2EntryCount {
                 let cluster = first + entry
-                let value =
-                    cluster < dataClusterCount
-                    ? L2Entry(cluster: dataOffset + cluster << geometry.clusterBits).rawValue : 0
-                table.storeBigEndian(value, at: entry << geometry.l2EntryShift)
+                var value = L2Entry(rawValue: 0)
+                if cluster < dataClusterCount {
+                    value = L2Entry(
+                        cluster: (hasDataFile ? 0 : dataOffset) + cluster << geometry.clusterBits,
+                        bitmap: geometry.hasSubclusters ? L2Entry.allAllocated : 0)
+                    // Zeroes in the file would be decrypted to noise.
+                    if encryptionClusters > 0 {
+                        value = .zero(
+                            keeping: value.rawValue, hasSubclusters: geometry.hasSubclusters)
+                    }
+                }
+                table.storeBigEndian(value.rawValue, at: entry << geometry.l2EntryShift)
                 guard geometry.hasSubclusters else { continue }
-                table.storeBigEndian(
-                    value == 0 ? 0 : L2Entry.allAllocated, at: entry << geometry.l2EntryShift + 8)
+                table.storeBigEndian(value.bitmap, at: entry << geometry.l2EntryShift + 8)
             }
         }
 

@@ -66,8 +66,13 @@ extension QCOW2 {
         var compression = CompressionType.zlib
         /// Header bytes past what is known, kept as they are.
         var unknownFields: [UInt8] = []
+        /// Where the LUKS header of an encrypted image is.
+        var encryptionHeader: ByteRange?
         /// In their order on disk, unknown ones included.
         var extensions: [HeaderExtension] = []
+
+        /// The clusters of the LUKS header.
+        var encryptionPlace: ByteRange? { encryptionHeader?.aligned(to: 1 << clusterBits) }
 
         var geometry: Geometry {
             Geometry(
@@ -124,6 +129,7 @@ extension QCOW2.Header {
         let nameOffset = try parseBackingName(cluster, headerLength: length)
         extensions = try QCOW2.HeaderExtension.parse(
             cluster, from: length, to: nameOffset ?? cluster.count)
+        encryptionHeader = parseEncryptionHeader()
         if !forCheck || !incompatible.isSubset(of: .known) { try checkFeatures() }
         try checkTables(forCheck ? Limits.nodeSizeMax : fileSize)
     }
@@ -216,12 +222,11 @@ extension QCOW2.Header {
             throw BlockError(
                 .corrupt, "clusters of \(1 << clusterBits) bytes are too small for subclusters")
         }
-        if incompatible.contains(.externalData) {
-            throw BlockError(.unsupported, "the image has an external data file")
-        }
-        guard encryptionMethod == 0 else {
-            let name = encryptionMethod == 1 ? "AES" : encryptionMethod == 2 ? "LUKS" : "unknown"
-            throw BlockError(.unsupported, "the image is encrypted (\(name))")
+        guard encryptionMethod <= 2 else {
+            throw BlockError(
+                .unsupported,
+                "the image is encrypted with method \(encryptionMethod), which is not "
+                    + "known")
         }
     }
 

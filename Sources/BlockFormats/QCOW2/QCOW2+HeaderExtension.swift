@@ -98,6 +98,13 @@ extension QCOW2.FeatureName {
 }
 
 extension QCOW2.Header {
+    /// Leaves the names of features out where the header has no room for them: they are a courtesy.
+    mutating func dropNamesIfTooLong() {
+        if (try? serialised()) == nil {
+            extensions.removeAll { $0.type == QCOW2.HeaderExtension.featureNames }
+        }
+    }
+
     /// What the image calls incompatible `features`; their bit numbers where it does not say.
     func featureNames(_ features: QCOW2.IncompatibleFeatures) -> [String] {
         let table = extensions.first { $0.type == QCOW2.HeaderExtension.featureNames }

@@ -73,24 +73,29 @@ extension QCOW2 {
         @inline(__always) var offset: Int { Int(rawValue & Self.offsetMask) }
 
         /// The state of subcluster `index`.
+        ///
+        /// - Parameter hasDataFile: data is in a file of its own, where a cluster may be at 0.
         @inline(__always)
-        func kind(ofSubcluster index: Int) -> Kind {
+        func kind(ofSubcluster index: Int, hasDataFile: Bool = false) -> Kind {
             if isCompressed { return .compressed }
             if bitmap & (1 << UInt64(32 + index)) != 0 {
                 return offset == 0 ? .zeroPlain : .zeroAllocated
             }
             // Allocated, without a cluster, there is none in an image that is whole.
-            return bitmap & (1 << UInt64(index)) != 0 && offset != 0 ? .normal : .unallocated
+            let hasCluster = offset != 0 || hasDataFile && isCopied
+            return bitmap & (1 << UInt64(index)) != 0 && hasCluster ? .normal : .unallocated
         }
 
         /// The state of the whole cluster; with subclusters, whether there is a cluster: `normal`.
         ///
-        /// - Parameter hasZeroFlag: version 3.
+        /// - Parameters:
+        ///   - hasZeroFlag: version 3.
+        ///   - hasDataFile: data is in a file of its own, where a cluster may be at 0.
         @inline(__always)
-        func kind(hasZeroFlag: Bool) -> Kind {
+        func kind(hasZeroFlag: Bool, hasDataFile: Bool = false) -> Kind {
             if isCompressed { return .compressed }
             if hasZeroFlag, isZero { return offset == 0 ? .zeroPlain : .zeroAllocated }
-            return offset == 0 ? .unallocated : .normal
+            return offset == 0 && !(hasDataFile && isCopied) ? .unallocated : .normal
         }
     }
 

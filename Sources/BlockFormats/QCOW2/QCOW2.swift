@@ -24,6 +24,7 @@ enum QCOW2 {
         static let subclusteredClusterBitsMin = 14
         static let clusterBitsMax = 21
         static let refcountOrderMax = 6
+        static let encryptionHeaderBytesMax = 64 << 20
         static let snapshotCountMax = 65_536
         static let snapshotTableBytesMax = 64 << 20
         /// Of one entry.

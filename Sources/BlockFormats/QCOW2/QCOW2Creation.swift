@@ -11,33 +11,67 @@ enum QCOW2Creation {
 
     static func create(_ creation: ImageCreation) async throws(BlockError) {
         let options = creation.options
-        try refuseUnsupported(options)
         guard let size = try options.size("size") else {
             throw BlockError(.invalidArgument, "option 'size' is missing")
         }
         let preallocation =
             try options.enumeration("preallocation", as: Preallocation.self) ?? .off
-        let header = try header(options, size: size, preallocation)
+        var header = try header(options, size: size, preallocation)
+        let encryption = try QCOW2EncryptionCreation(options, creation.graph)
+        guard encryption == nil || preallocation == .off || header.version == 3 else {
+            throw BlockError(
+                .unsupported, "version 2 of qcow2 cannot preallocate clusters of encrypted images",
+                remedy: "use version=v3")
+        }
         let target = try await creation.target("file")
+        let data = try await dataFile(creation, &header)
         try options.finish()
+        // The raw file stands for the disk without the tables: none of its clusters may be elsewhere.
+        let isRaw = header.autoclear.contains(.rawExternalData)
+        guard !isRaw || encryption == nil else {
+            throw BlockError(
+                .invalidArgument, "encryption and 'data-file-raw' exclude each other")
+        }
+        if let data {
+            try await data.resize(to: 0)
+            try await data.resize(to: size, preallocation == .metadata ? .off : preallocation)
+        }
         let layout = try QCOW2.CreationLayout(
-            size: size, geometry: header.geometry, isPreallocated: preallocation != .off)
-        try await write(header, layout, preallocation, to: target)
+            size: size, geometry: header.geometry,
+            isPreallocated: preallocation != .off || isRaw, hasDataFile: data != nil,
+            encryptionBytes: encryption?.headerBytes ?? 0)
+        try await write(
+            header, layout, data == nil ? preallocation : .off, encryption, to: target)
     }
 
-    private static func refuseUnsupported(_ options: OptionReader) throws(BlockError) {
-        for (name, what) in [
-            ("encrypt", "encryption"), ("data-file", "an external data file"),
-        ] where try options.value(name) != nil {
-            throw BlockError(
-                .unsupported, "creating qcow2 images with \(what) ('\(name)') is not supported")
+    /// The file of its own that guest data goes to; `nil` when it goes where the tables are.
+    private static func dataFile(
+        _ creation: ImageCreation, _ header: inout QCOW2.Header
+    ) async throws(BlockError) -> Edge? {
+        let isRaw = try creation.options.bool("data-file-raw") == true
+        guard try creation.options.value("data-file") != nil else {
+            if isRaw {
+                throw BlockError(.invalidArgument, "'data-file-raw' needs 'data-file'")
+            }
+            return nil
         }
-        if try options.bool("data-file-raw") == true {
+        guard header.version == 3 else {
             throw BlockError(
-                .unsupported,
-                "creating qcow2 images with a raw external data file ('data-file-raw') is not "
-                    + "supported")
+                .invalidArgument, "external data files need version 3 of qcow2",
+                remedy: "use version=v3")
         }
+        guard !isRaw || header.backingName.isEmpty else {
+            throw BlockError(
+                .invalidArgument, "a backing file and 'data-file-raw' exclude each other")
+        }
+        let data = try await creation.target("data-file")
+        header.incompatible.insert(.externalData)
+        if isRaw { header.autoclear.insert(.rawExternalData) }
+        header.extensions.insert(
+            .init(
+                type: QCOW2.HeaderExtension.externalDataName,
+                data: Array(data.node.driver.filename.utf8)), at: 0)
+        return data
     }
 
     private static func header(
@@ -72,8 +106,7 @@ enum QCOW2Creation {
             let names = QCOW2.FeatureName.serialise(QCOW2.FeatureName.all)
             header.extensions.append(
                 .init(type: QCOW2.HeaderExtension.featureNames, data: names))
-            // Names are a courtesy: small clusters may have no room for them.
-            if (try? header.serialised()) == nil { header.extensions.removeLast() }
+            header.dropNamesIfTooLong()
         }
         return header
     }
@@ -142,13 +175,18 @@ enum QCOW2Creation {
 
     private static func write(
         _ unplaced: QCOW2.Header, _ layout: QCOW2.CreationLayout, _ preallocation: Preallocation,
-        to target: Edge
+        _ encryption: QCOW2EncryptionCreation?, to target: Edge
     ) async throws(BlockError) {
         var header = unplaced
         header.refcountTableOffset = layout.refcountTableOffset
         header.refcountTableClusters = layout.refcountTableClusters
         header.l1Offset = layout.l1Offset
         header.l1EntryCount = layout.l1EntryCount
+        if let encryption {
+            header.setEncryptionHeader(
+                ByteRange(layout.encryptionOffset, encryption.headerBytes))
+        }
+        header.dropNamesIfTooLong()
         let start = try header.serialised()
         try await makeRoom(layout, preallocation, target)
 
@@ -167,6 +205,10 @@ enum QCOW2Creation {
         try await writeClusters(
             layout.l2Offset, layout.l2TableCount, clusterSize, target
         ) { table, index in layout.fillL2(table, index) }
+
+        if let encryption {
+            try await encryption.write(to: target, at: layout.encryptionOffset)
+        }
 
         // The header last: before it, there is no image.
         try await target.flush()

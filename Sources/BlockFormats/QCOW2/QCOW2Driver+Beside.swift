@@ -120,7 +120,7 @@ extension QCOW2Driver {
         } else {
             let epoch = epochs.enter()
             defer { epochs.leave(epoch) }
-            try await file.write(offset + other.hostDifference, from: part)
+            try await writeData(offset + other.hostDifference, offset, from: part)
         }
         while other.state != .ended { await other.queue.wait() }
         // Not linked: nothing of it is there. The other request tells its own failure.

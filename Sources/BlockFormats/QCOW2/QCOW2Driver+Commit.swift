@@ -25,6 +25,7 @@ extension QCOW2Driver {
         if l2.dirty.isEmpty, dirtyL1Sectors.isEmpty, removed.isEmpty, frozen.isEmpty,
             commitRunning == nil, !refcountsAreDirty
         {
+            if hasDataFile { try await data.flush() }
             try await file.flush()
             return
         }
@@ -76,6 +77,7 @@ extension QCOW2Driver {
         var changes = Changes()
         do throws(BlockError) {
             try take(&changes)
+            if hasDataFile { try await data.flush() }
             if !changes.isEmpty {
                 if changes.hasLinks { try await makeLinkable() }
                 try await write(changes)

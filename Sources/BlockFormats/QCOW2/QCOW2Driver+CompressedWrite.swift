@@ -11,7 +11,8 @@ import BlockIO
 // data is written before its entry is linked. Clusters that do not shrink are written plainly.
 
 extension QCOW2Driver {
-    public var supportsCompressedWrites: Bool { true }
+    /// Compressed clusters are not encrypted: an encrypted image takes none. A data file holds none.
+    public var supportsCompressedWrites: Bool { !isEncrypted && !hasDataFile }
 
     /// What is compressed before any of it is written.
     static let compressedBatchBytesMax = 4 << 20

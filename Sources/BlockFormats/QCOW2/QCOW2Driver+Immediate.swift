@@ -11,8 +11,8 @@ extension QCOW2Driver {
         guard run.count == vector.count else { return false }
         switch run.kind {
         case .normal:
-            guard isInPlace(run, offset), run.host &+ run.count <= file.size else { return false }
-            return file.readNow(run.host, into: vector)
+            guard isInPlace(run, offset), run.host &+ run.count <= data.size else { return false }
+            return data.readNow(run.host, into: vector)
         case .zeroPlain, .zeroAllocated:
             vector.fill(0)
             return true
@@ -31,15 +31,17 @@ extension QCOW2Driver {
         guard let slice = l2.lookup(offset >> sliceShift) else { return false }
         let run = run(slice, offset, vector.count)
         guard run.kind == .normal, run.isCopied, run.count == vector.count,
-            isInPlace(run, offset), run.host &+ run.count <= file.size,
-            image.writeFailure == nil, image.overlap(run.host, run.count) == nil
+            isInPlace(run, offset), run.host &+ run.count <= data.size,
+            image.writeFailure == nil, hasDataFile || image.overlap(run.host, run.count) == nil
         else { return false }
-        return file.writeNow(run.host, from: vector)
+        return data.writeNow(run.host, from: vector)
     }
 
-    /// Whether the clusters are where clusters can be.
+    /// Whether the clusters are where clusters can be, and hold what a guest reads.
     @inline(__always)
-    private func isInPlace(_ run: Run, _ offset: Int) -> Bool {
-        (run.host ^ offset) & (geometry.clusterSize - 1) == 0
+    func isInPlace(_ run: Run, _ offset: Int) -> Bool {
+        if isEncrypted { return false }
+        return hasDataFile
+            ? run.host == offset : (run.host ^ offset) & (geometry.clusterSize - 1) == 0
     }
 }

@@ -50,10 +50,20 @@ extension QCOW2Driver {
         }
         _ = try await opening.child(
             "backing", roles: .cow, fallback: try await backingOptions(header, opening, file))
-        let driver = QCOW2Driver(opening, file, image, options, refcountTable: refcountTable)
+        let data = try await openDataFile(header, opening, file)
+        let driver = QCOW2Driver(
+            opening, file, data: data, image, options, refcountTable: refcountTable)
+        driver.encryption = try await QCOW2Encryption.open(header, file, opening)
+        if driver.isEncrypted {
+            node.limits.requestAlignment = max(
+                node.limits.requestAlignment, ImageCipher.sectorSize)
+        }
         try await driver.loadSnapshots()
         try await driver.bitmaps.readDirectory()
-        if !node.isReadOnly { try await driver.prepareWriting() }
+        if !node.isReadOnly {
+            try await driver.growDataFile(to: node.size)
+            try await driver.prepareWriting()
+        }
         try await driver.bitmaps.load()
         driver.startCleaning()
         return driver
@@ -172,7 +182,7 @@ extension QCOW2Driver {
         return image[...slash] + plain
     }
 
-    private static func options(
+    static func options(
         forPath path: String, format: String?, _ opening: NodeOpening
     ) async throws(BlockError) -> JSONValue {
         let file = try await File.open(path, FileOptions(writable: false), on: opening.thread)
@@ -241,6 +251,7 @@ extension QCOW2Driver {
             let header = image.header
             var result = NodeInformation()
             result.clusterSize = geometry.clusterSize
+            result.isEncrypted = isEncrypted
             result.isDirty = header.incompatible.contains(.dirty)
             result.isCorrupt = header.incompatible.contains(.corrupt)
             if !header.backingName.isEmpty {
@@ -254,6 +265,11 @@ extension QCOW2Driver {
             }
             data["bitmaps"] = await bitmaps.information()
             data["refcount-bits"] = .integer(1 << header.refcountOrder)
+            if hasDataFile {
+                if let name = header.dataFileName { data["data-file"] = .string(name) }
+                data["data-file-raw"] = .bool(header.autoclear.contains(.rawExternalData))
+            }
+            if let encryption { data["encrypt"] = encryption.information }
             if header.version == 3 {
                 data["corrupt"] = .bool(result.isCorrupt)
                 data["extended-l2"] = .bool(hasSubclusters)

@@ -22,11 +22,11 @@ extension QCOW2Driver: QCOW2TableView {
         // The common case: the slice is in memory, and one run has it all.
         if let slice = l2.lookup(offset >> sliceShift) {
             let run = run(slice, offset, vector.count)
-            if run.kind == .normal, run.count == vector.count,
-                run.host &+ run.count <= file.size,
-                (run.host ^ offset) & (geometry.clusterSize - 1) == 0
+            if run.kind == .normal, run.count == vector.count, !isEncrypted,
+                run.host &+ run.count <= data.size,
+                isInPlace(run, offset)
             {
-                try await file.read(run.host, into: vector, flags)
+                try await data.read(run.host, into: vector, flags)
                 return
             }
         }
@@ -93,14 +93,25 @@ extension QCOW2Driver: QCOW2TableView {
             part.fill(0)
         case .normal:
             try await checkHost(run, position)
-            try await readFile(run.host, into: part)
+            if isEncrypted {
+                try await readEncrypted(run.host, position, into: part)
+            } else {
+                try await readStored(run.host, into: part)
+            }
         case .compressed:
             try await readCompressed(
                 QCOW2.L2Entry(rawValue: UInt64(bitPattern: Int64(run.host))), position, into: part)
         }
     }
 
-    /// Data of the file; zeroes past its end.
+    /// Guest data, where it is stored; zeroes past the end of that file.
+    func readStored(_ host: Int, into vector: IOVector) async throws(BlockError) {
+        let there = max(0, min(vector.count, data.size - host))
+        if there < vector.count { vector.zero(there, vector.count - there) }
+        if there > 0 { try await data.read(host, into: vector.slice(0, there)) }
+    }
+
+    /// Tables of the file; zeroes past its end.
     func readFile(_ host: Int, into vector: IOVector) async throws(BlockError) {
         let there = max(0, min(vector.count, file.size - host))
         if there < vector.count { vector.zero(there, vector.count - there) }

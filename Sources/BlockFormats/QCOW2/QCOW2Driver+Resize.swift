@@ -32,6 +32,7 @@ extension QCOW2Driver {
         // What a backing image or a stale cluster has there must not show.
         node.size = size
         do throws(BlockError) {
+            try await growDataFile(to: size)
             try await dropVMState(from: old, to: size)
             try await hide(from: old, to: size)
             if preallocation != .off {
@@ -126,6 +127,13 @@ extension QCOW2Driver {
     private func preallocate(
         from old: Int, to size: Int, _ preallocation: Preallocation
     ) async throws(BlockError) {
+        guard !isEncrypted || hasZeroFlag else {
+            throw BlockError(
+                .unsupported, "version 2 of qcow2 cannot preallocate clusters of encrypted images")
+        }
+        if hasDataFile, preallocation != .metadata {
+            try await data.resize(to: size, preallocation)
+        }
         let bits = geometry.clusterBits
         var cluster = (old + geometry.clusterSize - 1) >> bits
         let end = (size + geometry.clusterSize - 1) >> bits
@@ -135,15 +143,22 @@ extension QCOW2Driver {
             let wanted = min(end - cluster, mask + 1 - cluster & mask)
             slice.pinCount += 1
             defer { slice.pinCount -= 1 }
-            let place = try await refcounts.allocate(upTo: wanted)
+            let place =
+                hasDataFile
+                ? QCOW2Refcounts.Allocation(offset: cluster << bits, count: wanted, isFresh: true)
+                : try await refcounts.allocate(upTo: wanted)
             let range = ByteRange(place.offset, place.count << bits)
             // Clusters that were used before hold old data; so do those that are to be written.
-            if !place.isFresh || preallocation != .metadata {
+            if !hasDataFile, !place.isFresh || preallocation != .metadata {
                 try await file.writeZeroes(range)
             }
             for step in 0..<place.count {
                 let index = (cluster + step) & mask
-                let new = wholeEntry(place.offset + step << bits)
+                var new = wholeEntry(place.offset + step << bits)
+                // Zeroes in the file would be decrypted to noise.
+                if isEncrypted {
+                    new = .zero(keeping: new.rawValue, hasSubclusters: hasSubclusters)
+                }
                 replaced(entry(slice, index), by: new, discards: false)
                 setEntry(slice, index, new)
             }
@@ -175,5 +190,6 @@ extension QCOW2Driver {
             }
         }
         try await commit()
+        if isRawDataFile { try await data.resize(to: size) }
     }
 }

@@ -47,6 +47,10 @@ extension QCOW2Driver: InternalSnapshotStore {
                 .exhausted, "the image has \(snapshots.count) snapshots, as many as it may have",
                 remedy: "delete some")
         }
+        guard !hasDataFile else {
+            throw BlockError(
+                .unsupported, "images with an external data file have no internal snapshots")
+        }
         try await prepareChange()
         var snapshot = QCOW2.Snapshot()
         snapshot.identifier = Array(nextIdentifier.utf8)

@@ -39,7 +39,7 @@ extension QCOW2Driver {
         var index = (offset >> bits) & mask
         var sub = (offset >> geometry.unitBits) & 31
         let first = entry(slice, index)
-        let kind = first.kind(ofSubcluster: sub)
+        let kind = first.kind(ofSubcluster: sub, hasDataFile: hasDataFile)
         if kind == .compressed {
             return Run(
                 kind: kind, host: Int(truncatingIfNeeded: first.rawValue),
@@ -58,7 +58,7 @@ extension QCOW2Driver {
                 if hasHost, next.rawValue != current.rawValue &+ UInt64(1 << bits) { break }
                 current = next
             }
-            if current.kind(ofSubcluster: sub) != kind { break }
+            if current.kind(ofSubcluster: sub, hasDataFile: hasDataFile) != kind { break }
             count += unit
         }
         return Run(
@@ -109,7 +109,9 @@ extension QCOW2Driver {
     /// writing to it right now: it must not be copied.
     func hasData(_ entry: QCOW2.L2Entry, after offset: Int) -> Bool {
         hasSubclusters && offset & (1 << geometry.unitBits - 1) != 0 && keepsSubclusters(entry)
-            && entry.kind(ofSubcluster: (offset >> geometry.unitBits) & 31) == .normal
+            && entry.kind(
+                ofSubcluster: (offset >> geometry.unitBits) & 31, hasDataFile: hasDataFile)
+                == .normal
     }
 
     /// The new entry of guest cluster `cluster`, of which the bytes in `filled` are written.

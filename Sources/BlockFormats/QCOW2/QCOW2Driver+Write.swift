@@ -43,13 +43,27 @@ extension QCOW2Driver {
     ) async throws(BlockError) {
         try checkWritable()
         try await checkHost(run, offset)
-        if image.overlap(run.host, run.count) != nil {
+        if !hasDataFile, image.overlap(run.host, run.count) != nil {
             try await image.checkOverlap(run.host, run.count)
         }
         let epoch = epochs.enter()
         defer { epochs.leave(epoch) }
-        if run.host + run.count > file.size { try await image.ensureSize(run.host + run.count) }
-        try await file.write(run.host, from: vector)
+        if !hasDataFile, run.host + run.count > file.size {
+            try await image.ensureSize(run.host + run.count)
+        }
+        try await writeData(run.host, offset, from: vector)
+    }
+
+    /// Guest data to `host` in the file, where clusters are.
+    @inline(__always)
+    func writeData(
+        _ host: Int, _ guest: Int, from vector: IOVector
+    ) async throws(BlockError) {
+        if isEncrypted {
+            try await writeEncrypted(host, guest, from: vector)
+        } else {
+            try await data.write(host, from: vector)
+        }
     }
 
     /// Throws once the image was found corrupt.
@@ -103,7 +117,10 @@ extension QCOW2Driver {
         allocations.append(allocation)
         let clusters: QCOW2Refcounts.Allocation
         do throws(BlockError) {
-            if reuses {
+            if hasDataFile {
+                // Data is where it is in the disk, and nobody counts it.
+                clusters = .init(offset: first << bits, count: limit - first, isFresh: false)
+            } else if reuses {
                 let host = hasSubclusters ? old.offset : run.host
                 clusters = .init(
                     offset: host & ~(geometry.clusterSize - 1), count: limit - first,
@@ -121,7 +138,8 @@ extension QCOW2Driver {
         let count = min(vector.count, (first + clusters.count) << bits - offset)
         let data = vector.slice(0, count)
         await lanes.start(isLast: count == vector.count) { () throws(BlockError) in
-            try await self.fill(allocation, clusters, offset, data, reuses: reuses)
+            try await self.fill(
+                allocation, clusters, offset, data, reuses: reuses || self.hasDataFile)
         }
         return count
     }
@@ -161,7 +179,7 @@ extension QCOW2Driver {
         var end = first + 1
         while end < min(limit, sliceEnd) {
             let entry = entry(slice, end & mask)
-            let kind = entry.kind(hasZeroFlag: hasZeroFlag)
+            let kind = entry.kind(hasZeroFlag: hasZeroFlag, hasDataFile: hasDataFile)
             if entry.isCopied, kind == .normal || kind == .zeroAllocated { break }
             if conflict(end) != nil { break }
             end += 1
@@ -185,10 +203,13 @@ extension QCOW2Driver {
             last: lastEntry)
         let headIsZero = readsAsZeroes(allocation.slice, filled.lowerBound..<offset)
         let tailIsZero = readsAsZeroes(allocation.slice, dataEnd..<filled.upperBound)
-        // What was never written reads as zeroes already.
-        let first = clusters.isFresh && headIsZero ? offset : filled.lowerBound
-        let leavesTail = clusters.isFresh && tailIsZero || hasData(lastEntry, after: dataEnd)
-        let last = leavesTail ? dataEnd : filled.upperBound
+        // What was never written reads as zeroes already; but decrypted, as noise.
+        let isBlank = clusters.isFresh && !isEncrypted
+        let first = isBlank && headIsZero ? offset : filled.lowerBound
+        let leavesTail = isBlank && tailIsZero || hasData(lastEntry, after: dataEnd)
+        var last = leavesTail ? dataEnd : filled.upperBound
+        // A data file is as long as the disk.
+        if hasDataFile { last = min(last, max(dataEnd, node.size)) }
         allocation.filled = filled
         allocation.place(
             host: clusters.offset - start, writes: first..<last, data: offset..<dataEnd)
@@ -198,7 +219,7 @@ extension QCOW2Driver {
         var whole = head
         whole.append(data)
         whole.append(tail)
-        try await file.write(clusters.offset + first - start, from: whole)
+        try await writeData(clusters.offset + first - start, first, from: whole)
     }
 
     private func rest(
@@ -225,8 +246,9 @@ extension QCOW2Driver {
         let entry = entry(slice, (offset >> geometry.clusterBits) & (1 << sliceEntryBits - 1))
         let kind =
             hasSubclusters
-            ? entry.kind(ofSubcluster: (offset >> geometry.unitBits) & 31)
-            : entry.kind(hasZeroFlag: hasZeroFlag)
+            ? entry.kind(
+                ofSubcluster: (offset >> geometry.unitBits) & 31, hasDataFile: hasDataFile)
+            : entry.kind(hasZeroFlag: hasZeroFlag, hasDataFile: hasDataFile)
         switch kind {
         case .zeroPlain, .zeroAllocated: return true
         case .unallocated: return !hasBacking(from: offset & ~(1 << geometry.unitBits - 1))
@@ -263,6 +285,8 @@ extension QCOW2Driver {
 
     /// Notes what `old` referred to and `new` does not, to be given back once that is durable.
     func replaced(_ old: QCOW2.L2Entry, by new: QCOW2.L2Entry, discards: Bool) {
+        // In a data file nobody counts clusters.
+        if hasDataFile { return }
         let bits = geometry.clusterBits
         switch old.kind(hasZeroFlag: hasZeroFlag) {
         case .unallocated, .zeroPlain: return

@@ -6,6 +6,10 @@ extension QCOW2Driver {
 
     public func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
         try checkWritable()
+        if isRawDataFile {
+            try await data.writeZeroes(range, flags)
+            return
+        }
         let unmaps = flags.contains(.mayUnmap)
         if !hasZeroFlag, !unmaps || node.backing != nil {
             throw BlockError(.unsupported, "version 2 of qcow2 has no clusters of zeroes")
@@ -32,7 +36,7 @@ extension QCOW2Driver {
     private func zeroed(
         _ old: QCOW2.L2Entry, hasBacking: Bool, keepsCluster: Bool
     ) -> QCOW2.L2Entry {
-        let kind = old.kind(hasZeroFlag: hasZeroFlag)
+        let kind = old.kind(hasZeroFlag: hasZeroFlag, hasDataFile: hasDataFile)
         if kind == .unallocated, old.bitmap == 0, !hasBacking { return old }
         if !hasZeroFlag { return .init(rawValue: 0) }
         let keeps = keepsCluster && old.isCopied && (kind == .normal || kind == .zeroAllocated)
@@ -80,6 +84,11 @@ extension QCOW2Driver {
 
     public func discard(_ range: ByteRange) async throws(BlockError) {
         try checkWritable()
+        if isRawDataFile {
+            // A hint, but what is read here and in the raw file must stay the same.
+            try await data.writeZeroes(range, .mayUnmap)
+            return
+        }
         if !hasZeroFlag, hasBacking(from: range.offset) {
             throw BlockError(
                 .unsupported, "in version 2 of qcow2 a discard would show the backing image's data")
@@ -88,6 +97,12 @@ extension QCOW2Driver {
         guard inner.offset < inner.end else { return }
         try await changeEntries(inner, makesTables: node.backing != nil) { old, hasBacking in
             self.zeroed(old, hasBacking: hasBacking, keepsCluster: self.options.discardNoUnref)
+        }
+        if hasDataFile, options.passDiscardRequest {
+            let end = min(inner.end, data.size)
+            if inner.offset < end {
+                try? await data.discard(ByteRange(from: inner.offset, to: end))
+            }
         }
         try await commitIfMuchRemoved()
     }
@@ -183,10 +198,13 @@ extension QCOW2Driver {
         switch run.kind {
         case .unallocated:
             return BlockStatus([], count: run.count)
+        case .normal where isEncrypted:
+            // What the file holds is not what is read.
+            return BlockStatus([.data, .allocated], count: run.count)
         case .normal:
             return BlockStatus(
                 [.data, .allocated], count: run.count,
-                mapping: .init(node: file.node, offset: run.host), asksChild: true)
+                mapping: .init(node: data.node, offset: run.host), asksChild: true)
         case .compressed:
             return BlockStatus([.data, .allocated, .compressed], count: run.count)
         case .zeroPlain:
@@ -194,7 +212,7 @@ extension QCOW2Driver {
         case .zeroAllocated:
             return BlockStatus(
                 [.zero, .allocated], count: run.count,
-                mapping: .init(node: file.node, offset: run.host))
+                mapping: .init(node: data.node, offset: run.host))
         }
     }
 }

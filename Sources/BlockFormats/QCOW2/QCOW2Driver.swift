@@ -31,10 +31,14 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     let node: BlockNode
     let thread: IOThread
     let file: Edge
+    /// Where guest data is: ``file``, or a file of its own.
+    let data: Edge
+    let hasDataFile: Bool
     let image: QCOW2Image
     let geometry: QCOW2.Geometry
     let options: QCOW2Options
-    let hasZeroFlag: Bool
+    /// Version 3. Changed by `amend` alone.
+    var hasZeroFlag: Bool
     let hasSubclusters: Bool
     /// Opened to be written.
     let isWritable: Bool
@@ -76,6 +80,8 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     var changesReferences = false
 
     var decompressed = QCOW2DecompressedClusters()
+    /// `nil` for images that are not encrypted.
+    var encryption: QCOW2Encryption?
     var cleaner: IOTimer?
 
     /// Clusters that lost a reference whose removal is not durable yet.
@@ -86,12 +92,14 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     }
 
     init(
-        _ opening: NodeOpening, _ file: Edge, _ image: QCOW2Image, _ options: QCOW2Options,
-        refcountTable: [UInt64]
+        _ opening: NodeOpening, _ file: Edge, data: Edge?, _ image: QCOW2Image,
+        _ options: QCOW2Options, refcountTable: [UInt64]
     ) {
         node = opening.node
         thread = opening.thread
         self.file = file
+        self.data = data ?? file
+        hasDataFile = data != nil
         self.image = image
         self.options = options
         isWritable = !opening.node.isReadOnly
@@ -106,9 +114,9 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
             image, table: refcountTable, cacheBytes: options.refcountCacheBytes)
         bitmaps = QCOW2Bitmaps(image, refcounts)
         node.size = image.header.size
-        node.limits = file.node.limits
+        node.limits = self.data.node.limits
         node.limits.requestAlignment = min(
-            file.node.limits.requestAlignment, geometry.clusterSize)
+            node.limits.requestAlignment, geometry.clusterSize)
         node.limits.allocationUnit = geometry.clusterSize
     }
 
@@ -133,6 +141,7 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
                 .unsupported, "the image was opened to be read, and cannot become writable",
                 remedy: "close it, and open it with read-only=off", node: node.name)
         }
+        try checkKey(access)
     }
 
     /// The file below grows when this driver grows it: the node's size does not follow.
@@ -161,7 +170,7 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
         var index = (offset >> bits) & mask
         let inCluster = offset & (1 << bits - 1)
         let first = QCOW2.L2Entry(rawValue: slice[index])
-        let kind = first.kind(hasZeroFlag: hasZeroFlag)
+        let kind = first.kind(hasZeroFlag: hasZeroFlag, hasDataFile: hasDataFile)
         if kind == .compressed {
             return Run(
                 kind: kind, host: Int(truncatingIfNeeded: first.rawValue),
@@ -219,7 +228,9 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     /// Refuses data clusters at offsets that no image has.
     @inline(__always)
     func checkHost(_ run: Run, _ offset: Int) async throws(BlockError) {
-        let misplaced = (run.host - offset) & (geometry.clusterSize - 1) != 0
+        let misplaced =
+            hasDataFile
+            ? run.host != offset : (run.host - offset) & (geometry.clusterSize - 1) != 0
         if misplaced {
             throw await image.corruption(
                 "the data of guest offset \(offset) is at \(run.host), which is no cluster")

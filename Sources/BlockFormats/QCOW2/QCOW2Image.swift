@@ -110,6 +110,7 @@ final class QCOW2Image {
         if range.overlaps(ByteRange(header.l1Offset, l1.count << 3)) { return "L1 table" }
         let bytes = header.refcountTableClusters << geometry.clusterBits
         if range.overlaps(ByteRange(header.refcountTableOffset, bytes)) { return "refcount table" }
+        if let place = header.encryptionPlace, range.overlaps(place) { return "encryption header" }
         if overlapCheck == .constant { return nil }
         let last = (host + count - 1) >> geometry.clusterBits
         var cluster = host >> geometry.clusterBits

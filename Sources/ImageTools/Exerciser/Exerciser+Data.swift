@@ -198,6 +198,7 @@ extension Exerciser {
             if arguments.has("f") { flags.insert(.fua) }
             if arguments.has("u") { flags.insert(.mayUnmap) }
             if arguments.has("n") { flags.insert(.noFallback) }
+            if arguments.has("c") { flags.insert(.compressed) }
             self.flags = flags
             isQuiet = arguments.has("q")
             forPrograms = arguments.has("C")
@@ -225,8 +226,8 @@ extension Exerciser {
             if arguments.has("b") {
                 throw BlockError(.unsupported, "there is no VM state to write")
             }
-            if arguments.has("c") {
-                throw BlockError(.unsupported, "compressed writing is not supported")
+            if arguments.has("c"), isZero {
+                throw BlockError(.invalidArgument, "-c and -z exclude each other")
             }
         }
     }

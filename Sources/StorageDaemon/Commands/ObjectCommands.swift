@@ -1,4 +1,5 @@
 import BlockCore
+import BlockGraph
 import BlockTLS
 import QMP
 
@@ -44,9 +45,11 @@ extension StorageDaemon {
         let reader = try OptionReader(arguments, of: "object-del")
         let identifier = try reader.required("id")
         try reader.finish()
-        guard objects.removeValue(forKey: identifier) != nil else {
+        guard objects[identifier] != nil else {
             throw BlockError(.notFound, "there is no object '\(identifier)'")
         }
+        try graph.removeObject(identifier)
+        objects[identifier] = nil
         return [:]
     }
 
@@ -54,7 +57,11 @@ extension StorageDaemon {
         _ kind: DaemonObject.Kind, _ reader: OptionReader
     ) async throws(BlockError) -> DaemonObject {
         switch kind {
-        case .secret: return .secret(try await secret(reader))
+        case .secret:
+            let secret = try await GraphSecret.read(reader, on: thread)
+            try reader.finish()
+            try graph.addObject(secret, as: try reader.required("id"))
+            return .secret(secret.bytes)
         case .certificates: return .credentials(try await certificates(reader))
         case .keys: return .credentials(try await keys(reader))
         case .authorization:
@@ -68,44 +75,6 @@ extension StorageDaemon {
             ] { _ = try reader.int(key) }
             try reader.finish()
             return .thread
-        }
-    }
-
-    // MARK: Secrets
-
-    private func secret(_ reader: OptionReader) async throws(BlockError) -> [UInt8] {
-        let data = try reader.string("data")
-        let file = try reader.string("file")
-        let format = try reader.string("format") ?? "raw"
-        let encryption = [try reader.string("keyid"), try reader.string("iv")]
-        try reader.finish()
-        guard encryption == [nil, nil] else {
-            throw BlockError(
-                .unsupported, "\(reader.subject): encrypted secrets are not supported",
-                remedy: "protect the file by its permissions")
-        }
-        let bytes: [UInt8]
-        switch (data, file) {
-        case (let data?, nil): bytes = Array(data.utf8)
-        case (nil, let file?):
-            bytes = try await thread.offload { () throws(BlockError) in
-                try SmallFile.read(file, bytesMax: SmallFile.secretBytesMax)
-            }
-        default:
-            throw BlockError(
-                .invalidArgument, "\(reader.subject): give either 'data' or 'file'")
-        }
-        switch format {
-        case "raw": return bytes
-        case "base64":
-            guard let decoded = Base64.decode(bytes) else {
-                throw BlockError(.invalidArgument, "\(reader.subject): it is not valid base64")
-            }
-            return decoded
-        default:
-            throw BlockError(
-                .invalidArgument, "\(reader.subject): 'format' does not accept '\(format)'",
-                remedy: "use raw or base64")
         }
     }
 
@@ -180,44 +149,6 @@ extension StorageDaemon {
         guard case .thread? = objects[identifier] else {
             throw BlockError(
                 .notFound, "there is no iothread '\(identifier)'", remedy: "object-add makes one")
-        }
-    }
-}
-
-/// Base64 (RFC 4648 §4), line ends allowed.
-enum Base64 {
-    static func decode(_ text: [UInt8]) -> [UInt8]? {
-        var result: [UInt8] = []
-        var bits: UInt32 = 0
-        var bitCount = 0
-        var padding = 0
-        var symbolCount = 0
-        for byte in text where byte != 0x0a && byte != 0x0d {
-            symbolCount += 1
-            if byte == UInt8(ascii: "=") {
-                padding += 1
-                continue
-            }
-            guard padding == 0, let value = value(of: byte) else { return nil }
-            bits = bits << 6 | value
-            bitCount += 6
-            if bitCount >= 8 {
-                bitCount -= 8
-                result.append(UInt8(truncatingIfNeeded: bits >> UInt32(bitCount)))
-                bits &= (1 << UInt32(bitCount)) - 1
-            }
-        }
-        return symbolCount % 4 == 0 && padding <= 2 && bits == 0 ? result : nil
-    }
-
-    private static func value(of byte: UInt8) -> UInt32? {
-        switch byte {
-        case UInt8(ascii: "A")...UInt8(ascii: "Z"): UInt32(byte - UInt8(ascii: "A"))
-        case UInt8(ascii: "a")...UInt8(ascii: "z"): UInt32(byte - UInt8(ascii: "a")) + 26
-        case UInt8(ascii: "0")...UInt8(ascii: "9"): UInt32(byte - UInt8(ascii: "0")) + 52
-        case UInt8(ascii: "+"): 62
-        case UInt8(ascii: "/"): 63
-        default: nil
         }
     }
 }

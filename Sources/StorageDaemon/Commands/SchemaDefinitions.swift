@@ -225,6 +225,12 @@ extension StorageDaemon {
         "BlockdevCacheOptions": .object(
             ObjectSchema([.optional("direct", .boolean), .optional("no-flush", .boolean)])),
         "BlockdevAioOptions": .enumeration(["threads", "native", "io_uring"]),
+        "BlockdevQcow2EncryptionFormat": .enumeration(["aes", "luks"]),
+        "BlockdevQcow2Encryption": .object(
+            ObjectSchema([
+                .required("format", .named("BlockdevQcow2EncryptionFormat")),
+                .optional("key-secret", .string),
+            ])),
         "OnOffAuto": .enumeration(["auto", "on", "off"]),
         "OnCbwError": .enumeration(["break-guest-write", "break-snapshot"]),
         "PreallocMode": .enumeration(["off", "metadata", "falloc", "full"]),
@@ -271,6 +277,8 @@ extension StorageDaemon {
             [
                 .required("file", .named("BlockdevRef")),
                 .optional("backing", .named("BlockdevRefOrNull")),
+                .optional("encrypt", .named("BlockdevQcow2Encryption")),
+                .optional("data-file", .named("BlockdevRef")),
                 .optional("lazy-refcounts", .boolean), .optional("cache-size", .integer),
                 .optional("l2-cache-size", .integer),
                 .optional("l2-cache-entry-size", .integer),
@@ -286,6 +294,13 @@ extension StorageDaemon {
                 .optional("bitmap", .named("BlockDirtyBitmap")),
                 .optional("on-cbw-error", .named("OnCbwError")),
                 .optional("cbw-timeout", .integer), .optional("min-cluster-size", .integer),
+            ]
+        ),
+        (
+            "luks",
+            [
+                .required("file", .named("BlockdevRef")),
+                .optional("header", .named("BlockdevRef")), .optional("key-secret", .string),
             ]
         ),
         (

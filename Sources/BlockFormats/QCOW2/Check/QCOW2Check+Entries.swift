@@ -179,7 +179,7 @@ extension QCOW2Check {
                 wrong("names cluster \(l2.offset >> clusterBits), past the end of the file")
                 new = dropped
             }
-        } else if l2.isCopied, mendsErrors {
+        } else if l2.isCopied, mendsErrors, !hasDataFile {
             // Harmless without a cluster, and not worth a report.
             new.raw &= ~Self.copiedFlag
         }

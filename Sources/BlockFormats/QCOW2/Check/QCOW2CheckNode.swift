@@ -15,6 +15,7 @@ final class QCOW2CheckNode: BlockDriver, @unchecked Sendable {
         // Whatever the command line says of the image as a disk has no meaning here.
         _ = try opening.options.value("backing")
         _ = try opening.options.value("data-file")
+        _ = try opening.options.value("encrypt")
         _ = try QCOW2Options(reading: opening.options, header, discards: false)
         return QCOW2CheckNode(node, file)
     }

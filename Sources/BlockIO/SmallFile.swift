@@ -9,11 +9,9 @@ import Darwin
 #endif
 
 /// Files that are read whole: secrets.
-enum SmallFile {
-    static let secretBytesMax = 2 << 20
-
-    /// Blocks; call it on a worker thread.
-    static func read(_ path: String, bytesMax: Int) throws(BlockError) -> [UInt8] {
+public enum SmallFile {
+    /// All of a file or pipe, up to its end. Blocks: for worker threads.
+    public static func read(_ path: String, bytesMax: Int) throws(BlockError) -> [UInt8] {
         let descriptor = open(path, O_RDONLY | O_CLOEXEC)
         guard descriptor >= 0 else { throw .system("cannot open '\(path)'", errno) }
         defer { close(descriptor) }

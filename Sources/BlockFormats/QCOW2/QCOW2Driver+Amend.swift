@@ -1,0 +1,212 @@
+import BlockCore
+import BlockGraph
+import QMP
+
+// Changing an image's version, backing file, size and keys (`amend`). Users' requests wait meanwhile.
+//
+// Each step leaves an image that opens: what the new header promises is durable before the header is.
+
+extension QCOW2Driver {
+    /// What was asked for; nothing where an option is not given.
+    private struct Changes {
+        var version: Int?
+        var refcountBits: Int?
+        var lazyRefcounts: Bool?
+        var backingName: String?
+        var backingFormat: String?
+        var size: Int?
+        var keys: LUKSKeyChange?
+    }
+
+    public func amend(_ amendment: ImageAmendment) async throws(BlockError) {
+        try checkWritable()
+        let changes = try changes(amendment.options)
+        try check(changes)
+        amendment.progress(0, 1)
+        if changes.version == 3, image.header.version == 2 { try await upgrade() }
+        if let keys = changes.keys, let area = encryption?.area {
+            try await keys.apply(
+                to: area, masterKey: encryption?.masterKey, isForced: amendment.isForced)
+        }
+        if changes.backingName != nil || changes.backingFormat != nil {
+            try await changeBacking(changes.backingName, changes.backingFormat)
+        }
+        if let isLazy = changes.lazyRefcounts { try await setLazyRefcounts(isLazy) }
+        if let size = changes.size, size != node.size { try await resize(to: size, .off) }
+        if changes.version == 2, image.header.version == 3 { try await downgrade() }
+        amendment.progress(1, 1)
+    }
+
+    private func changes(_ options: OptionReader) throws(BlockError) -> Changes {
+        var changes = Changes()
+        if let version = try options.enumeration("version", as: QCOW2Creation.Version.self) {
+            changes.version = version == .v2 ? 2 : 3
+        }
+        changes.refcountBits = try options.int("refcount-bits")
+        changes.lazyRefcounts = try options.bool("lazy-refcounts")
+        changes.backingName = try options.string("backing-file")
+        changes.backingFormat = try options.string("backing-fmt")
+        changes.size = try options.size("size")
+        if let group = try options.object("encrypt") {
+            changes.keys = try LUKSKeyChange(group, node.graph)
+            try group.finish()
+        }
+        try options.finish()
+        return changes
+    }
+
+    /// Before anything changes.
+    private func check(_ changes: Changes) throws(BlockError) {
+        let header = image.header
+        let version = changes.version ?? header.version
+        if changes.lazyRefcounts == true, version < 3 {
+            throw BlockError(
+                .invalidArgument, "lazy refcounts need version 3 of qcow2", remedy: "use compat=v3")
+        }
+        if let bits = changes.refcountBits, bits != 1 << header.refcountOrder {
+            throw BlockError(
+                .unsupported,
+                "the width of refcounts cannot be changed from \(1 << header.refcountOrder) bits "
+                    + "to \(bits)", remedy: "convert the image")
+        }
+        if changes.keys != nil, encryption?.area == nil {
+            throw BlockError(
+                .invalidArgument, "the image has no LUKS header whose keys could change")
+        }
+        if changes.version == 2, header.version == 3 { try checkDowngrade() }
+    }
+
+    private func checkDowngrade() throws(BlockError) {
+        let header = image.header
+        var obstacle: String?
+        if header.refcountOrder != 4 { obstacle = "refcounts of other than 16 bits" }
+        if !header.incompatible.subtracting([.dirty, .corrupt]).isEmpty {
+            let names = header.featureNames(header.incompatible.subtracting([.dirty, .corrupt]))
+            obstacle = names.joined(separator: ", ")
+        }
+        if header.snapshotCount > 0 {
+            obstacle = "internal snapshots, which may hold zero clusters"
+        }
+        if header.hasBitmaps { obstacle = "persistent dirty bitmaps" }
+        if let obstacle {
+            throw BlockError(
+                .unsupported, "the image has \(obstacle): version 2 of qcow2 does not know that",
+                remedy: "convert the image")
+        }
+    }
+
+    // MARK: Header
+
+    /// Writes the header with `change` made to it, if it still fits. Durable on return.
+    private func rewriteHeader(
+        _ change: (inout QCOW2.Header) -> Void
+    ) async throws(BlockError) {
+        var header = image.header
+        change(&header)
+        _ = try header.serialised()
+        let old = image.header
+        image.header = header
+        do throws(BlockError) {
+            try await image.writeHeader()
+            try await file.flush()
+        } catch {
+            image.header = old
+            throw error
+        }
+    }
+
+    private func upgrade() async throws(BlockError) {
+        try await commit()
+        try await rewriteHeader { header in
+            header.version = 3
+            let names = QCOW2.FeatureName.serialise(QCOW2.FeatureName.all)
+            header.extensions.append(
+                .init(type: QCOW2.HeaderExtension.featureNames, data: names))
+            header.dropNamesIfTooLong()
+        }
+        hasZeroFlag = true
+    }
+
+    private func changeBacking(
+        _ name: String?, _ format: String?
+    ) async throws(BlockError) {
+        if let name, name.isEmpty, format?.isEmpty == false {
+            throw BlockError(.invalidArgument, "'backing-fmt' needs 'backing-file'")
+        }
+        try await rewriteHeader { header in
+            if let name { header.backingName = Array(name.utf8) }
+            let type = QCOW2.HeaderExtension.backingFormat
+            let kept = header.backingFormat
+            header.extensions.removeAll { $0.type == type }
+            // A new name without a format: what the old one was says nothing of the new.
+            let chosen = format ?? (name == nil ? kept : nil)
+            if let chosen, !chosen.isEmpty, !header.backingName.isEmpty {
+                header.extensions.insert(.init(type: type, data: Array(chosen.utf8)), at: 0)
+            }
+        }
+    }
+
+    private func setLazyRefcounts(_ isLazy: Bool) async throws(BlockError) {
+        guard isLazy != image.header.compatible.contains(.lazyRefcounts) else { return }
+        if !isLazy {
+            try await commit()
+            try await refcounts.writeBlocks()
+            try await file.flush()
+        }
+        try await rewriteHeader { header in
+            if isLazy {
+                header.compatible.insert(.lazyRefcounts)
+            } else {
+                header.compatible.remove(.lazyRefcounts)
+                header.incompatible.remove(.dirty)
+            }
+        }
+    }
+
+    // MARK: Version 2
+
+    /// Version 2 has no clusters of zeroes: they become unallocated, or data over a backing image.
+    private func downgrade() async throws(BlockError) {
+        if image.header.compatible.contains(.lazyRefcounts) { try await setLazyRefcounts(false) }
+        hasZeroFlag = true
+        var offset = 0
+        while offset < node.size {
+            let run = try await run(at: offset, limit: node.size - offset, of: self)
+            if run.kind == .zeroPlain || run.kind == .zeroAllocated {
+                try await writeOutZeroes(ByteRange(offset, run.count))
+            }
+            offset += run.count
+        }
+        try await commit()
+        try await refcounts.writeBlocks()
+        try await file.flush()
+        try await rewriteHeader { header in
+            header.version = 2
+            header.compatible = []
+            header.autoclear = []
+            header.unknownFields = []
+            header.extensions.removeAll { $0.type == QCOW2.HeaderExtension.featureNames }
+        }
+        hasZeroFlag = false
+    }
+
+    private func writeOutZeroes(_ range: ByteRange) async throws(BlockError) {
+        let shown = node.backing.map { max(0, min(range.end, $0.size) - range.offset) } ?? 0
+        let size = geometry.clusterSize
+        let mask = size - 1
+        let hidden = min((shown + mask) & ~mask, range.count)
+        let zeroes = try IOVector(allocating: max(size, 1 << 20))
+        zeroes.fill(0)
+        var done = 0
+        while done < hidden {
+            let count = min(zeroes.count, hidden - done)
+            try await write(range.offset + done, from: zeroes.slice(0, count), [])
+            done += count
+        }
+        guard hidden < range.count else { return }
+        let end = (range.end + mask) & ~mask
+        try await changeEntries((range.offset + hidden, end), makesTables: false) { _, _ in
+            .init(rawValue: 0)
+        }
+    }
+}

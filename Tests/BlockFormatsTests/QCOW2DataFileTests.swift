@@ -1,0 +1,122 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import BlockTesting
+import QMP
+import Testing
+
+@testable import BlockFormats
+
+@Suite struct QCOW2DataFileTests {
+    static let size = 3 << 20
+
+    /// Makes `a.qcow2` with its data in `a.data`.
+    static func create(_ folder: QCOW2TestFolder, _ more: JSONObject = [:]) async throws {
+        try folder.write([], "a.data")
+        var options: JSONObject = [
+            "size": .integer(size),
+            "data-file": ["driver": "file", "filename": .string(folder["a.data"])],
+        ]
+        for (key, value) in more.members { options[key] = value }
+        try await folder.create("a.qcow2", .object(options))
+    }
+
+    @Test(arguments: [false, true], [512, 65536])
+    func imagesMadeHereFollowTheModelAndReadTheSameInQEMU(
+        isRaw: Bool, clusterSize: Int
+    ) async throws {
+        let folder = try QCOW2TestFolder()
+        try await Self.create(
+            folder, ["data-file-raw": .bool(isRaw), "cluster-size": .integer(clusterSize)])
+        try folder.check("a.qcow2")
+        let violations = try await folder.open("a.qcow2") { edge throws(BlockError) in
+            var options = RandomRequests.Options()
+            options.requestBytesMax = 200_000
+            let run = RandomRequests(edge, ShadowDisk(size: edge.size), seed: 13, options)
+            await run.run()
+            await run.verify()
+            return run.violations
+        }
+        #expect(violations == [])
+        try folder.check("a.qcow2")
+        let contents = try await folder.contents("a.qcow2")
+        try folder.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", "a.qcow2", "raw.img"])
+        #expect(try folder.bytes("raw.img") == contents)
+        if isRaw { #expect(try folder.bytes("a.data") == contents) }
+    }
+
+    @Test(arguments: ["off", "on"])
+    func imagesThatQEMUMakesAreReadAndWritten(raw: String) async throws {
+        let folder = try QCOW2TestFolder()
+        var bytes = QCOW2InteropTests.pattern(Self.size, seed: 31)
+        try folder.write(bytes, "raw.img")
+        try folder.run([
+            "qemu-img", "convert", "-f", "raw", "-O", "qcow2",
+            "-o", "data_file=\(folder["x.data"]),data_file_raw=\(raw)", "raw.img", "a.qcow2",
+        ])
+        #expect(try await folder.contents("a.qcow2") == bytes)
+        let theirs = try JSONParser.parse(
+            folder.run(["qemu-img", "info", "--output=json", "a.qcow2"]))
+        let ours = try await folder.open("a.qcow2") { edge throws(BlockError) in
+            let vector = try IOVector(allocating: 70_000)
+            vector.fill(3)
+            try await edge.write(0, from: vector)
+            try await edge.write(500_000, from: vector)
+            return try await edge.node.driver.information.formatSpecific
+        }
+        #expect(ours == theirs["format-specific"])
+        for start in [0, 500_000] {
+            for index in start..<(start + 70_000) { bytes[index] = 3 }
+        }
+        try folder.check("a.qcow2")
+        try folder.write(bytes, "raw.img")
+        try folder.run(["qemu-img", "compare", "-f", "qcow2", "-F", "raw", "a.qcow2", "raw.img"])
+    }
+
+    @Test func aDiskGrowsAndShrinksWithItsDataFile() async throws {
+        let folder = try QCOW2TestFolder()
+        try await Self.create(folder, ["data-file-raw": true])
+        try await folder.open("a.qcow2") { edge throws(BlockError) in
+            try await edge.resize(to: 5 << 20)
+            let vector = try IOVector(allocating: 1 << 20)
+            vector.fill(9)
+            try await edge.write(4 << 20, from: vector)
+        }
+        try folder.check("a.qcow2")
+        #expect(try await folder.contents("a.qcow2") == folder.bytes("a.data"))
+        try await folder.open("a.qcow2") { edge throws(BlockError) in
+            try await edge.resize(to: 2 << 20)
+        }
+        try folder.check("a.qcow2")
+        #expect(try folder.bytes("a.data").count == 2 << 20)
+    }
+
+    @Test func compressedDataIsRefused() async throws {
+        let folder = try QCOW2TestFolder()
+        try await Self.create(folder)
+        try await folder.open("a.qcow2") { edge throws(BlockError) in
+            let vector = try IOVector(allocating: 65536)
+            vector.fill(1)
+            do throws(BlockError) {
+                try await edge.write(0, from: vector, .compressed)
+                Issue.record("taken")
+            } catch {
+                #expect(error.code == .unsupported)
+            }
+        }
+    }
+
+    @Test func aMissingDataFileIsNamed() async throws {
+        let folder = try QCOW2TestFolder()
+        try folder.run([
+            "qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=gone.data", "a.qcow2", "1M",
+        ])
+        try folder.run(["rm", "gone.data"])
+        do {
+            _ = try await folder.contents("a.qcow2")
+            Issue.record("opened")
+        } catch let error as BlockError {
+            #expect(error.message.contains("gone.data"), "\(error)")
+        }
+    }
+}
