@@ -1,5 +1,6 @@
 import BlockCore
 import BlockIO
+import QMP
 
 /// What kind of driver it is: where it may stand in the graph.
 public enum DriverKind: Sendable {
@@ -28,6 +29,9 @@ public struct DriverDescription: Sendable {
     public var probe: (@Sendable (UnsafeRawBufferPointer) -> Int)?
     /// Whether images of this format can have a backing image.
     public var supportsBacking: Bool
+    /// Works out the storage that an image made with creation options will take; `nil` where the
+    /// driver cannot.
+    public var measure: (@Sendable (OptionReader) throws(BlockError) -> StorageNeed)?
 
     public init(
         name: String, kind: DriverKind,
@@ -35,7 +39,8 @@ public struct DriverDescription: Sendable {
         create: (@Sendable (ImageCreation) async throws(BlockError) -> Void)? = nil,
         filtersBacking: Bool = false,
         probe: (@Sendable (UnsafeRawBufferPointer) -> Int)? = nil,
-        supportsBacking: Bool = false
+        supportsBacking: Bool = false,
+        measure: (@Sendable (OptionReader) throws(BlockError) -> StorageNeed)? = nil
     ) {
         self.name = name
         self.kind = kind
@@ -44,6 +49,7 @@ public struct DriverDescription: Sendable {
         self.filtersBacking = filtersBacking
         self.probe = probe
         self.supportsBacking = supportsBacking
+        self.measure = measure
     }
 }
 

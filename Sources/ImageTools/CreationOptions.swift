@@ -19,6 +19,9 @@ public struct CreationOption: Sendable {
         self.standard = standard
     }
 
+    /// The file below takes it, not the format.
+    var isOfFile: Bool { name == "nocow" || name == "extent_size_hint" }
+
     /// As drivers name it: `cluster-size`.
     var driverName: String {
         name == "compat" ? "version" : String(name.map { $0 == "_" ? "-" : $0 })

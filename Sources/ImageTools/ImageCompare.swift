@@ -121,8 +121,8 @@ private final class Comparison: @unchecked Sendable {
     private var offset = 0
     private var index = 0
     private var known: (ImageSideStatus?, ImageSideStatus?) = (nil, nil)
-    private var isWalking = false
-    private var sleepers: [UnsafeContinuation<Void, Never>] = []
+    /// One worker walks at a time.
+    private let walk = WalkLock()
 
     /// The difference nearest to the beginning; parts after it do not matter any more.
     private var found: (index: Int, result: ImageCompare.Result)?
@@ -158,12 +158,8 @@ private final class Comparison: @unchecked Sendable {
     // MARK: Walking
 
     private func next() async -> Part? {
-        while isWalking { await withUnsafeContinuation { sleepers.append($0) } }
-        isWalking = true
-        defer {
-            isWalking = false
-            if !sleepers.isEmpty { sleepers.removeFirst().resume() }
-        }
+        await walk.lock()
+        defer { walk.unlock() }
         while offset < end, found == nil, failure == nil {
             let start = offset
             guard let (first, second) = await statuses(at: start) else { return nil }

@@ -187,7 +187,7 @@ public struct ImageConvert: Sendable {
         _ source: CopySource, in session: ToolSession, _ progress: Progress,
         _ unfinished: UnfinishedFile
     ) async throws(BlockError) {
-        let guardian = creates ? try await holdOld(in: session) : nil
+        let guardian = creates ? try await session.holdOldTarget(target) : nil
         var path = target
         if creates {
             path = try unfinished.begin(target)
@@ -205,20 +205,6 @@ public struct ImageConvert: Sendable {
         try await session.graph.detach(user)
         if let guardian { try await session.graph.detach(guardian) }
         try unfinished.commit(to: target, durably: !targetCache.ignoresFlush)
-    }
-
-    /// Keeps an existing target from others, and finds out whether it is a source or in use, before
-    /// anything takes its place.
-    private func holdOld(in session: ToolSession) async throws(BlockError) -> Edge? {
-        var old = ImageSource(target, format: "raw")
-        old.isWritable = true
-        guard !ImageName.hasProtocol(target) || target.hasPrefix("file:") else { return nil }
-        do throws(BlockError) {
-            return try await session.use(
-                old, as: "image creation", Access(uses: [.write, .resize], shares: []))
-        } catch  where error.code == .notFound {
-            return nil
-        }
     }
 
     private func create(
@@ -301,5 +287,21 @@ public struct ImageConvert: Sendable {
         if targetIsZero { return true }
         if user.node.layerCount > 1 { return false }
         return try await user.isKnownZero()
+    }
+}
+
+extension ToolSession {
+    /// Keeps an existing target from others, and finds out whether it is a source or in use, before
+    /// anything takes its place.
+    func holdOldTarget(_ target: String) async throws(BlockError) -> Edge? {
+        var old = ImageSource(target, format: "raw")
+        old.isWritable = true
+        guard !ImageName.hasProtocol(target) || target.hasPrefix("file:") else { return nil }
+        do throws(BlockError) {
+            return try await use(
+                old, as: "image creation", Access(uses: [.write, .resize], shares: []))
+        } catch  where error.code == .notFound {
+            return nil
+        }
     }
 }

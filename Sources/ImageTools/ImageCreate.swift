@@ -193,7 +193,7 @@ public struct ImageCreate: Sendable {
         var file: JSONObject = ["filename": .string(path), "size": 0]
         for option in known {
             guard let value = values[option.name] else { continue }
-            if ["nocow", "extent_size_hint"].contains(option.name) {
+            if option.isOfFile {
                 file[option.driverName] = option.driverValue(value)
             } else {
                 options.set(option.driverName, option.driverValue(value))

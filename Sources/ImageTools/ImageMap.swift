@@ -23,7 +23,7 @@ public enum ImageMap {
     public static func walk(
         _ edge: Edge, _ range: ByteRange, _ found: (Entry) -> Void
     ) async throws(BlockError) {
-        let lowest = layerCount(below: edge.node) - 1
+        let lowest = edge.node.layerCount - 1
         var current: Entry?
         var offset = range.offset
         while offset < range.end {
@@ -40,20 +40,6 @@ public enum ImageMap {
             offset += status.count
         }
         if let current { found(current) }
-    }
-
-    private static func layerCount(below node: BlockNode) -> Int {
-        var count = 1
-        var layer = node
-        while count < Limits.graphDepthMax {
-            while layer.description.kind == .filter, let child = layer.filteredChild {
-                layer = child.node
-            }
-            guard let backing = layer.backing else { break }
-            layer = backing.node
-            count += 1
-        }
-        return count
     }
 
     private static func entry(

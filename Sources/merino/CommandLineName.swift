@@ -13,7 +13,7 @@ struct CommandLineName {
         case "qemu-img":
             program = name
             // Standard options of the tool itself stand before its command.
-            arguments = rest.first == "-V" ? ["--version"] : rest
+            arguments = rest.first == "-V" ? ["--version"] : Self.separatingSize(rest)
         case "qemu-io":
             program = name
             arguments = Self.isVersion(rest) ? ["--version"] : ["io"] + rest
@@ -25,8 +25,17 @@ struct CommandLineName {
             arguments = Self.isVersion(rest) ? ["--version"] : ["daemon"] + rest
         default:
             program = "merino"
-            arguments = rest
+            arguments = Self.separatingSize(rest)
         }
+    }
+
+    /// A last word like `-1G` is the size that resize takes, not options.
+    private static func separatingSize(_ arguments: [String]) -> [String] {
+        guard arguments.first == "resize", let last = arguments.last, arguments.count > 2,
+            last.hasPrefix("-"), let digit = last.dropFirst().first, digit.isNumber,
+            !arguments.contains("--")
+        else { return arguments }
+        return arguments.dropLast() + ["--", last]
     }
 
     private static func isVersion(_ arguments: [String]) -> Bool {

@@ -74,7 +74,7 @@ enum QCOW2Creation {
         return data
     }
 
-    private static func header(
+    static func header(
         _ options: OptionReader, size: Int, _ preallocation: Preallocation
     ) throws(BlockError) -> QCOW2.Header {
         var header = QCOW2.Header()

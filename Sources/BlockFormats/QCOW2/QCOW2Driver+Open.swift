@@ -18,7 +18,8 @@ extension QCOW2Driver {
             let version: UInt32 = start.bigEndian(at: 4)
             return version == 2 || version == 3 ? 100 : 0
         },
-        supportsBacking: true)
+        supportsBacking: true,
+        measure: { options throws(BlockError) in try QCOW2Measure.measure(options) })
 
     static func open(_ opening: NodeOpening) async throws(BlockError) -> QCOW2Driver {
         let node = opening.node

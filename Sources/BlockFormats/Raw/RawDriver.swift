@@ -141,7 +141,18 @@ extension RawDriver {
     public static let driver = DriverDescription(
         name: "raw", kind: .format,
         open: { opening throws(BlockError) in try await RawDriver.open(opening) },
-        create: { creation throws(BlockError) in try await create(creation) })
+        create: { creation throws(BlockError) in try await create(creation) },
+        measure: { options throws(BlockError) in try measure(options) })
+
+    /// The file is as long as the disk, whatever is in it.
+    private static func measure(_ options: OptionReader) throws(BlockError) -> StorageNeed {
+        guard let size = try options.size("size") else {
+            throw BlockError(.invalidArgument, "option 'size' is missing")
+        }
+        _ = try options.enumeration("preallocation", as: Preallocation.self)
+        try options.finish()
+        return StorageNeed(fixedBytes: size, unit: 0, fullBytes: size)
+    }
 
     /// Making a raw image is giving its storage the size.
     private static func create(_ creation: ImageCreation) async throws(BlockError) {

@@ -18,6 +18,8 @@ final class CopySource: @unchecked Sendable {
     private struct Part {
         let edge: Edge
         let start: Int
+        /// Where in the image the part begins.
+        let base: Int
         /// Whole sectors.
         let count: Int
         /// Layers of the image, top first, whose data is copied; the rest is `below`.
@@ -42,12 +44,25 @@ final class CopySource: @unchecked Sendable {
             let all = edge.node.layerCount
             parts.append(
                 Part(
-                    edge: edge, start: start, count: count, layers: layers ?? .max,
+                    edge: edge, start: start, base: 0, count: count, layers: layers ?? .max,
                     hasMoreLayers: layers.map { $0 < all } ?? false))
             start = end
         }
         self.parts = parts
         size = start
+    }
+
+    /// A part of one image: what is copied begins with it.
+    init(_ edge: Edge, range: ByteRange) throws(BlockError) {
+        guard let count = range.count.roundedUp(to: 512) else {
+            throw BlockError(.invalidArgument, "the source is too large")
+        }
+        parts = [
+            Part(
+                edge: edge, start: 0, base: range.offset, count: count, layers: .max,
+                hasMoreLayers: false)
+        ]
+        size = count
     }
 
     private func part(at offset: Int) -> Part? {
@@ -58,8 +73,8 @@ final class CopySource: @unchecked Sendable {
     /// What the run of bytes at `range.offset` is; at most all of `range`, at least one byte.
     func status(_ range: ByteRange) async throws(BlockError) -> (kind: CopyKind, count: Int) {
         guard let part = part(at: range.offset) else { return (.zero, range.count) }
-        let start = range.offset - part.start
-        let left = min(range.count, part.count - start)
+        let start = range.offset - part.start + part.base
+        let left = min(range.count, part.count + part.base - start)
         guard start < part.edge.size else { return (.zero, left) }
         let status = try await part.edge.chainStatus(
             ByteRange(start, min(left, part.edge.size - start)))
@@ -76,8 +91,8 @@ final class CopySource: @unchecked Sendable {
                 vector.zero(done, vector.count - done)
                 return
             }
-            let start = offset + done - part.start
-            let count = min(vector.count - done, part.count - start)
+            let start = offset + done - part.start + part.base
+            let count = min(vector.count - done, part.count + part.base - start)
             let there = max(0, min(count, part.edge.size - start))
             if there > 0 { try await part.edge.read(start, into: vector.slice(done, there)) }
             if there < count { vector.zero(done + there, count - there) }
@@ -88,7 +103,7 @@ final class CopySource: @unchecked Sendable {
     /// The image that holds all of `range`, and where in it; `nil` when none does alone.
     func place(of range: ByteRange) -> (edge: Edge, range: ByteRange)? {
         guard let part = part(at: range.offset) else { return nil }
-        let start = range.offset - part.start
+        let start = range.offset - part.start + part.base
         guard range.count <= part.edge.size - start else { return nil }
         return (part.edge, ByteRange(start, range.count))
     }

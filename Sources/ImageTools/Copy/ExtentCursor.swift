@@ -23,8 +23,7 @@ final class ExtentCursor: @unchecked Sendable {
     /// What is known from some offset on.
     private var known: (kind: CopyKind, range: ByteRange)?
     /// One worker walks at a time.
-    private var isWalking = false
-    private var sleepers: [UnsafeContinuation<Void, Never>] = []
+    private let walk = WalkLock()
     /// Takes what status says; an error that it returns for is answered by `.data`.
     private let salvages: Bool
 
@@ -43,12 +42,8 @@ final class ExtentCursor: @unchecked Sendable {
 
     /// The next item; `nil` at the end.
     func next() async throws(BlockError) -> CopyItem? {
-        while isWalking { await withUnsafeContinuation { sleepers.append($0) } }
-        isWalking = true
-        defer {
-            isWalking = false
-            if !sleepers.isEmpty { sleepers.removeFirst().resume() }
-        }
+        await walk.lock()
+        defer { walk.unlock() }
         guard offset < end else { return nil }
         let (kind, itemEnd) = try await extent()
         let item = CopyItem(index: index, range: ByteRange(from: offset, to: itemEnd), kind: kind)

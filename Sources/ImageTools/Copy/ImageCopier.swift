@@ -26,6 +26,8 @@ final class ImageCopier: @unchecked Sendable {
         var offload: CopyMethod?
         /// Items begin and end on multiples of this.
         var unit = 1
+        /// What is copied; `nil` for all.
+        var range: ByteRange?
         /// Told of what was lost in salvaging.
         var warn: @Sendable (String) -> Void = { _ in }
     }
@@ -57,7 +59,7 @@ final class ImageCopier: @unchecked Sendable {
         offload = settings.offload
         limit = RateLimit(settings.rate, on: thread)
         cursor = ExtentCursor(
-            source, unit: settings.unit,
+            source, range: settings.range, unit: settings.unit,
             dataMax: settings.offload == .copy ? Self.offloadBytesMax : Self.itemBytesMax,
             salvages: settings.salvages)
     }
