@@ -22,6 +22,14 @@ public final class File: @unchecked Sendable {
     private var reads = ImmediatePolicy()
     private var writes = ImmediatePolicy()
     private var isClosed = false
+    /// Long copies go on without what they leave behind in the page cache: it is dropped after use.
+    public var isStreaming = false
+    private var readWindow = StreamWindow()
+    private var writeWindow = StreamWindow()
+    /// Parts that are being dropped, and who waits for them to become fewer.
+    private var dropCount = 0
+    private var dropSleepers: [UnsafeContinuation<Void, Never>] = []
+    private static let dropCountMax = 8
 
     /// Transfers of this many bytes are copied on another processor: this thread goes on meanwhile.
     private static let asideBytesMin = 512 << 10
@@ -51,6 +59,7 @@ public final class File: @unchecked Sendable {
     public func close() async {
         guard !isClosed else { return }
         isClosed = true
+        await untilDrops(atMost: 0)
         let (system, handle) = (thread.system, handle)
         await thread.offload { system.close(handle) }
     }
@@ -82,6 +91,7 @@ public final class File: @unchecked Sendable {
             if result < 0 { throw failure("read", offset + done, result) }
             done += result
         }
+        if isStreaming { await pass(ByteRange(offset, done), written: false) }
         return done
     }
 
@@ -136,6 +146,30 @@ public final class File: @unchecked Sendable {
                 )
             }
             done += result
+        }
+        if isStreaming { await pass(ByteRange(offset, done), written: true) }
+    }
+
+    /// Has the page cache drop what lies behind a long transfer. What was written goes to the disk first:
+    /// a writer that is too far ahead of the disk waits for it.
+    private func pass(_ range: ByteRange, written: Bool) async {
+        let behind = written ? writeWindow.note(range) : readWindow.note(range)
+        guard let behind, !isDirect, !isClosed else { return }
+        dropCount += 1
+        let (system, handle) = (thread.system, handle)
+        thread.spawn {
+            await self.thread.offload { system.dropCache(of: handle, behind, written: written) }
+            self.dropCount -= 1
+            let woken = self.dropSleepers
+            self.dropSleepers = []
+            for continuation in woken { continuation.resume() }
+        }
+        await untilDrops(atMost: Self.dropCountMax)
+    }
+
+    private func untilDrops(atMost limit: Int) async {
+        while dropCount > limit {
+            await withUnsafeContinuation { dropSleepers.append($0) }
         }
     }
 

@@ -283,6 +283,12 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
 
     public var filename: String { file.path }
 
+    /// Whether long transfers leave nothing behind in the page cache.
+    public var isStreaming: Bool {
+        get { file.isStreaming }
+        set { file.isStreaming = newValue }
+    }
+
     public var information: NodeInformation {
         get async throws(BlockError) { NodeInformation() }
     }

@@ -30,6 +30,8 @@ final class CopySource: @unchecked Sendable {
     private let parts: [Part]
     let size: Int
 
+    var edges: [Edge] { parts.map(\.edge) }
+
     /// - Parameter layers: how many of the top layers are copied; `nil` for all.
     /// - Throws: when all together are too large.
     init(_ edges: [Edge], layers: Int? = nil) throws(BlockError) {

@@ -1,6 +1,7 @@
 import BlockCore
 import BlockGraph
 import BlockIO
+import BlockProtocols
 
 /// Copies extents from a source to a target, several at a time.
 ///
@@ -28,6 +29,8 @@ final class ImageCopier: @unchecked Sendable {
         var unit = 1
         /// What is copied; `nil` for all.
         var range: ByteRange?
+        /// After so many bytes of data what is copied leaves nothing behind in the page cache.
+        var streamsAfterBytes = PageCache.fairShareBytes
         /// Told of what was lost in salvaging.
         var warn: @Sendable (String) -> Void = { _ in }
     }
@@ -47,6 +50,7 @@ final class ImageCopier: @unchecked Sendable {
     /// The method that is still worth trying.
     private var offload: CopyMethod?
     private var offloadHasWorked = false
+    private var dataBytes = 0
 
     init(
         from source: CopySource, to target: CopyTarget, _ settings: Settings, _ progress: Progress
@@ -84,6 +88,7 @@ final class ImageCopier: @unchecked Sendable {
             await takeTurn(item)
             try await target.zero(item.range)
         case .data:
+            countData(item.range.count)
             var hasTurn = false
             do throws(BlockError) {
                 await limit?.admit(item.range.count)
@@ -120,6 +125,16 @@ final class ImageCopier: @unchecked Sendable {
     private func takeTurn(_ item: CopyItem) async {
         if !settings.outOfOrder { await turnstile.wait(for: item.index) }
         turnstile.pass(item.index)
+    }
+
+    /// A short copy may well be used next; a long one pushes everybody else's data out of the cache.
+    private func countData(_ count: Int) {
+        let before = dataBytes
+        dataBytes = dataBytes.adding(count) ?? .max
+        guard before < settings.streamsAfterBytes, dataBytes >= settings.streamsAfterBytes else {
+            return
+        }
+        for edge in source.edges + [target.edge] { edge.node.streamFiles() }
     }
 
     // MARK: Offload
@@ -166,6 +181,17 @@ final class ImageCopier: @unchecked Sendable {
                 settings.warn("error while reading offset \(offset): \(error.message)")
             }
             offset += count
+        }
+    }
+}
+
+extension BlockNode {
+    /// Has the files below leave nothing behind in the page cache.
+    fileprivate func streamFiles() {
+        var rest = [self]
+        while let node = rest.popLast() {
+            (node.driver as? FileDriver)?.isStreaming = true
+            rest.append(contentsOf: node.children.map(\.node))
         }
     }
 }
