@@ -100,7 +100,7 @@ let package = Package(
         tests("BlockExports", ["BlockProtocols", "BlockFormats", "BlockTesting"]),
         tests("ImageTools"),
         // The commands from outside: the built program beside QEMU's tools.
-        tests("merino"),
+        tests("merino", ["BlockTesting"]),
         tests("BlockTesting", ["BlockProtocols", "BlockFormats", "BlockFilters"]),
     ]
 )
