@@ -205,8 +205,12 @@ public struct ImageCreate: Sendable {
             file["size"] = options["size"]
             file["preallocation"] = options["preallocation"]
         }
-        try await Self.create(
-            try ToolSession.registry.driver(named: "file").create, file, in: session)
+        // A device is there already, and as long as it is.
+        let isDevice = (try? await session.isBlockDevice(path)) ?? false
+        if !isDevice {
+            try await Self.create(
+                try ToolSession.registry.driver(named: "file").create, file, in: session)
+        }
         if format == "raw" { return }
         if case .string(let dataPath) = options["data-file"] {
             let data: JSONObject = ["filename": .string(dataPath), "size": 0]
@@ -214,7 +218,9 @@ public struct ImageCreate: Sendable {
                 try ToolSession.registry.driver(named: "file").create, data, in: session)
             options["data-file"] = ["driver": "file", "filename": .string(dataPath)]
         }
-        options["file"] = ["driver": "file", "filename": .string(path)]
+        options["file"] = [
+            "driver": isDevice ? "host_device" : "file", "filename": .string(path),
+        ]
         try await Self.create(create, options, in: session)
     }
 

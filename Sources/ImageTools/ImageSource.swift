@@ -183,7 +183,7 @@ extension ToolSession {
         return ["driver": .string(name ?? "raw"), "file": .object(file)]
     }
 
-    private func isBlockDevice(_ path: String) async throws(BlockError) -> Bool {
+    func isBlockDevice(_ path: String) async throws(BlockError) -> Bool {
         let file = try await File.open(path, FileOptions(writable: false), on: thread)
         let kind = try? await file.status().kind
         await file.close()

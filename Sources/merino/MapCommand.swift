@@ -32,18 +32,24 @@ struct MapCommand: ParsableCommand {
                 let range = ByteRange(begin, min(wanted, edge.size - begin))
                 var failure: BlockError?
                 var separator = "["
-                if !isJSON { StandardOutput.print(ImageMap.Entry.heading) }
+                var lines = isJSON ? "" : ImageMap.Entry.heading
                 try await ImageMap.walk(edge, range) { entry in
+                    // Many lines at once: a fragmented image has a million of them.
+                    if lines.utf8.count >= 1 << 16 {
+                        StandardOutput.print(lines)
+                        lines = ""
+                    }
                     if isJSON {
-                        StandardOutput.print(separator + entry.json)
+                        lines += separator + entry.json
                         separator = ",\n"
                         return
                     }
                     do throws(BlockError) {
-                        if let line = try entry.line() { StandardOutput.print(line) }
+                        if let line = try entry.line() { lines += line }
                     } catch { failure = failure ?? error }
                 }
-                if isJSON { StandardOutput.print((separator == "[" ? "[" : "") + "]\n") }
+                if isJSON { lines += (separator == "[" ? "[" : "") + "]\n" }
+                StandardOutput.print(lines)
                 try await session.graph.detach(edge)
                 if let failure { throw failure }
             }

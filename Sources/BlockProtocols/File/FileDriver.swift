@@ -22,6 +22,9 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
     private var canPunchHoles = true
     private var canZeroRanges = true
     private var canFindHoles: Bool
+    /// Where data was last found. Others may make holes there: then it is told of as data, which reads
+    /// as the zeroes it is.
+    private var knownData = ByteRange(0, 0)
 
     private init(
         node: BlockNode, file: File, status: FileStatus, isDevice: Bool, locks: ImageLocks?
@@ -155,6 +158,7 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         } else {
             throw BlockError(.unsupported, "the file system cannot zero a range")
         }
+        knownData = ByteRange(0, 0)
         do throws(BlockError) {
             try await file.allocate(mode, range)
         } catch  where error.code == .unsupported {
@@ -166,6 +170,7 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
 
     public func discard(_ range: ByteRange) async throws(BlockError) {
         guard canPunchHoles else { throw BlockError(.unsupported, "no holes can be made") }
+        knownData = ByteRange(0, 0)
         do throws(BlockError) {
             try await file.allocate(.punchHole, range)
         } catch  where error.code == .unsupported {
@@ -202,6 +207,11 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         let mapping = BlockStatus.Mapping(node: nil, offset: range.offset)
         let all = BlockStatus([.data, .allocated], count: range.count, mapping: mapping)
         guard precise, canFindHoles else { return all }
+        if knownData.offset <= range.offset, range.offset < knownData.end {
+            return BlockStatus(
+                [.data, .allocated], count: min(knownData.end - range.offset, range.count),
+                mapping: mapping)
+        }
         let found: (isData: Bool, end: Int)?
         do throws(BlockError) {
             found = try await file.extent(at: range.offset)
@@ -213,6 +223,7 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         guard let found, found.end > range.offset else {
             return BlockStatus([.zero, .allocated], count: range.count, mapping: mapping)
         }
+        if found.isData { knownData = ByteRange(from: range.offset, to: found.end) }
         return BlockStatus(
             [found.isData ? .data : .zero, .allocated],
             count: min(found.end - range.offset, range.count), mapping: mapping)
@@ -228,6 +239,7 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
             return
         }
         let old = fileSize
+        knownData = ByteRange(0, 0)
         switch preallocation {
         case .metadata:
             throw BlockError(
