@@ -44,7 +44,7 @@ public struct ImageMeasure: Sendable {
             throw BlockError(.unsupported, "images of format '\(format)' cannot be measured")
         }
         guard let source else { return try Self.empty(try need(measure, size ?? 0)) }
-        let user = try await session.use(source, as: "measure")
+        let user = try await use(source, in: session)
         let contents = try CopySource([user])
         let need = try need(measure, contents.size)
         var result = try Self.empty(need)
@@ -58,6 +58,15 @@ public struct ImageMeasure: Sendable {
         result.bitmapBytes = try await bitmaps(of: user, unit: max(need.unit, 512))
         try await session.graph.detach(user)
         return result
+    }
+
+    private func use(
+        _ source: ImageSource, in session: ToolSession
+    ) async throws(BlockError) -> Edge {
+        guard let snapshot else { return try await session.use(source, as: "measure") }
+        let node = try await session.openSnapshot(snapshot, of: try await session.open(source))
+        defer { node.release("command") }
+        return try session.graph.attach(NamedUser("measure"), to: node, .read)
     }
 
     private static func empty(_ need: StorageNeed) throws(BlockError) -> Result {

@@ -39,7 +39,7 @@ struct MeasureCommand: ParsableCommand {
             }
             if let size { measure.size = try ArgumentText.size(size, "the size") }
             if let file { measure.source = try image.source(file) }
-            if snapshot != nil { throw .notThere("-l") }
+            measure.snapshot = snapshot
             let work = measure
             let result = try ToolSession.run { session throws(BlockError) in
                 try await work.run(in: session)

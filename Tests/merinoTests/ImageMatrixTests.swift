@@ -48,13 +48,15 @@ import Testing
 
         func create(_ name: String, backing: String? = nil) throws {
             let version2 = random.chance(200)
-            var options = ["cluster_size=\(pick([512, 4096, 65536, 65536, 1 << 20, 2 << 20]))"]
+            let cluster = pick([512, 4096, 65536, 65536, 1 << 20, 2 << 20])
+            var options = ["cluster_size=\(cluster)"]
             if version2 {
                 options.append("compat=0.10")
             } else {
                 options.append("refcount_bits=\(pick([1, 8, 16, 16, 64]))")
                 if random.chance(300) { options.append("lazy_refcounts=on") }
                 if random.chance(300) { options.append("compression_type=zstd") }
+                if cluster >= 65536, random.chance(300) { options.append("extended_l2=on") }
             }
             if backing == nil, random.chance(250) {
                 options.append("preallocation=\(pick(["metadata", "falloc", "full"]))")
