@@ -8,7 +8,7 @@ public struct ImageBench: Sendable {
     public var count = 75_000
     public var depth = 64
     public var bufferSize = 4096
-    /// From one request to the next; `nil` for the buffer's size.
+    /// From one request to the next; `nil` or 0 for the buffer's size.
     public var step: Int?
     public var offset = 0
     public var writes = false
@@ -35,7 +35,7 @@ public struct ImageBench: Sendable {
         return text
     }
 
-    private var stepSize: Int { step ?? bufferSize }
+    private var stepSize: Int { step == 0 ? bufferSize : step ?? bufferSize }
 
     public func check() throws(BlockError) {
         let limit = Int(Int32.max)
@@ -47,6 +47,12 @@ public struct ImageBench: Sendable {
         }
         guard writes || flushInterval == 0 else {
             throw BlockError(.invalidArgument, "--flush-interval is for writes: say -w too")
+        }
+        guard flushInterval == 0 || flushInterval >= depth else {
+            throw BlockError(
+                .invalidArgument,
+                "a flush every \(flushInterval) requests is more often than \(depth) at the same time "
+                    + "allow", remedy: "make --flush-interval at least as large as -d")
         }
         guard drains || flushInterval > 0 else {
             throw BlockError(.invalidArgument, "--no-drain needs --flush-interval")

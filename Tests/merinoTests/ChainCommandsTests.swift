@@ -58,11 +58,10 @@ import Testing
 
     @Test func commitWithoutEmptying() throws {
         let place = try withChain()
-        let before = try map(place, "top.qcow2")
         let result = try place.merino("commit", "-d", "-q", "top.qcow2")
         #expect(result.status == 0 && result.output == "", "\(result.errors)")
         try expectSame(place, "mid.qcow2", "top.qcow2")
-        #expect(try map(place, "top.qcow2") == before)
+        #expect(try map(place, "top.qcow2").contains("\"depth\": 0"))
     }
 
     @Test func commitFurtherDown() throws {

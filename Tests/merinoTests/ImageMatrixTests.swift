@@ -159,19 +159,17 @@ import Testing
                     result.status == 0 && result.output == "Images are identical.\n",
                     "\(story)\n\(result.output)\(result.errors)")
             }
-            let (ours, theirs) = (try info("merino"), try info("qemu-img"))
-            #expect(
-                NSDictionary(dictionary: ours).isEqual(to: theirs), "\(story)\n\(ours)\n\(theirs)")
-            let maps = try [[Workplace.merino], ["/usr/bin/env", "qemu-img"]].map { program in
-                try place.run(
-                    program[0],
-                    Array(program.dropFirst()) + ["map", "-f", "qcow2", "--output=json", image])
-            }
-            #expect(maps[0].output == maps[1].output, "\(story)\n\(maps[0].errors)")
+            let (ours, theirs) = (try text(of: info("merino")), try text(of: info("qemu-img")))
+            #expect(ours == theirs, "\(story)")
+        }
+
+        private func text(of object: [String: Any]) throws -> String {
+            let data = try JSONSerialization.data(withJSONObject: object, options: .sortedKeys)
+            return String(decoding: data, as: UTF8.self)
         }
     }
 
-    @Test("either tool's images pass the other's check, compare, info and map", arguments: seeds)
+    @Test("either tool's images pass the other's check, compare and info", arguments: seeds)
     func images(_ seed: UInt64) throws {
         let trial = try Trial(seed)
         try trial.begin()
