@@ -187,10 +187,10 @@ public struct ImageConvert: Sendable {
         _ source: CopySource, in session: ToolSession, _ progress: Progress,
         _ unfinished: UnfinishedFile
     ) async throws(BlockError) {
-        let guardian = creates ? try await session.holdOldTarget(target) : nil
         var path = target
+        var guardian: Edge?
         if creates {
-            path = try unfinished.begin(target)
+            (path, guardian) = try await session.beginTarget(target, unfinished)
             try await create(path, source.size, in: session)
         }
         let user = try await openTarget(path, in: session)
@@ -291,6 +291,21 @@ public struct ImageConvert: Sendable {
 }
 
 extension ToolSession {
+    /// Begins a new target.
+    ///
+    /// - Returns: the path to write it to, and the use that keeps others from what stands there, where
+    ///   that stays until the end.
+    func beginTarget(
+        _ target: String, _ unfinished: UnfinishedFile
+    ) async throws(BlockError) -> (path: String, guardian: Edge?) {
+        let guardian = try await holdOldTarget(target)
+        let path = try unfinished.begin(target)
+        guard unfinished.isInPlace, let guardian else { return (path, guardian) }
+        // Whoever makes the image takes the locks himself.
+        try await graph.detach(guardian)
+        return (path, nil)
+    }
+
     /// Keeps an existing target from others, and finds out whether it is a source or in use, before
     /// anything takes its place.
     func holdOldTarget(_ target: String) async throws(BlockError) -> Edge? {

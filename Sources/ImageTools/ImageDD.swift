@@ -95,8 +95,7 @@ public struct ImageDD: Sendable {
         _ user: Edge, _ range: ByteRange, to output: String, in session: ToolSession,
         _ unfinished: UnfinishedFile
     ) async throws(BlockError) {
-        let guardian = try await session.holdOldTarget(output)
-        let path = try unfinished.begin(output)
+        let (path, guardian) = try await session.beginTarget(output, unfinished)
         var create = ImageCreate(path)
         create.shownName = output
         create.format = outputFormat

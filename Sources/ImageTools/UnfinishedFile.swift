@@ -69,6 +69,14 @@ public final class UnfinishedFile: Sendable {
         return partial
     }
 
+    /// Whether the target is written under its own name.
+    var isInPlace: Bool {
+        state.withLock { state in
+            if case .inPlace = state { return true }
+            return false
+        }
+    }
+
     /// The image is complete: it gets its name. All that must be durable is.
     func commit(to target: String, durably: Bool) throws(BlockError) {
         let ended = state.withLock { state in

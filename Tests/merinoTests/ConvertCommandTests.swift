@@ -238,6 +238,14 @@ import Testing
         try expectSame(place, "top.qcow2", "real")
     }
 
+    @Test func aTargetWithSeveralNamesIsWrittenInPlace() throws {
+        let place = try withChain()
+        try place.tool("qemu-img", "create", "-q", "one", "1M")
+        try place.tool("ln", "one", "two")
+        #expect(try place.merino("convert", "top.qcow2", "one").status == 0)
+        try expectSame(place, "top.qcow2", "two")
+    }
+
     @Test(
         "options that exclude each other are refused like qemu-img's",
         arguments: [
