@@ -111,9 +111,11 @@ public struct ImageDD: Sendable {
         let copied = min(range.count, sink.size)
         var settings = ImageCopier.Settings()
         settings.range = ByteRange(0, copied)
+        // A device has what it had before.
+        let isZero = try await sink.isKnownZero()
         let copier = ImageCopier(
             from: source,
-            to: CopyTarget(sink, isZero: true, sparseBytes: ImageConvert.sparseBytesDefault),
+            to: CopyTarget(sink, isZero: isZero, sparseBytes: ImageConvert.sparseBytesDefault),
             settings, Progress())
         try await copier.run()
         try await sink.flush()
