@@ -160,7 +160,10 @@ extension BlockNode {
                 .unsupported, "driver '\(description.name)' does not write compressed data",
                 node: name)
         }
-        guard ByteRange(offset, vector.count).isAligned(to: limits.requestAlignment),
+        let end = offset + vector.count
+        // The end of the node counts as aligned.
+        guard offset.isAligned(to: limits.requestAlignment),
+            end.isAligned(to: limits.requestAlignment) || end == size,
             vector.count <= limits.transferMax
         else {
             throw BlockError(

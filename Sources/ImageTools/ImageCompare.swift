@@ -31,8 +31,9 @@ public struct ImageCompare: Sendable {
 
         /// The images could not be opened.
         public static func opening(_ error: BlockError) -> Failure {
-            Failure(code: 2, error: error)
+            Failure(code: openingCode, error: error)
         }
+        public static let openingCode: Int32 = 2
         static func allocation(_ error: BlockError) -> Failure { Failure(code: 3, error: error) }
         static func reading(_ error: BlockError) -> Failure { Failure(code: 4, error: error) }
     }
@@ -120,6 +121,11 @@ private final class Comparison: @unchecked Sendable {
     private let end: Int
     private var offset = 0
     private var index = 0
+    /// Up to here the images are equal.
+    private var compared = 0
+    /// Where parts end that are equal, after one that is not finished yet; by index.
+    private var ends: [Int: Int] = [:]
+    private var nextFinished = 0
     private var known: (ImageSideStatus?, ImageSideStatus?) = (nil, nil)
     /// One worker walks at a time.
     private let walk = WalkLock()
@@ -143,8 +149,7 @@ private final class Comparison: @unchecked Sendable {
             try await Workers.run(Self.workerCount, on: images.0.node.thread) {
                 () async throws(BlockError) in
                 guard let part = await self.next() else { return false }
-                await self.examine(part)
-                self.progress.advance(part.range.count)
+                if await self.isEqual(part) { self.finished(part) }
                 return true
             }
         } catch {
@@ -152,7 +157,18 @@ private final class Comparison: @unchecked Sendable {
         }
         // What comes first in the images is what a comparison byte by byte would have met.
         if let failure, failure.index < found?.index ?? .max { throw failure.failure }
+        if found == nil { progress.advance(end - compared) }
         return found?.result ?? .identical(sizesDiffer: common != end)
+    }
+
+    /// Progress goes as far as all is known to be equal, and so never past a difference.
+    private func finished(_ part: Part) {
+        ends[part.index] = part.range.end
+        while let end = ends.removeValue(forKey: nextFinished) {
+            nextFinished += 1
+            progress.advance(end - compared)
+            compared = end
+        }
     }
 
     // MARK: Walking
@@ -170,7 +186,6 @@ private final class Comparison: @unchecked Sendable {
             }
             if first.isZero, second.isZero {
                 offset = stop
-                progress.advance(stop - start)
                 continue
             }
             let limit = start < common ? common : end
@@ -208,17 +223,20 @@ private final class Comparison: @unchecked Sendable {
         storage.flags = found.flags.intersection([.data, .zero, .allocated, .compressed])
         if found.depth == nil { storage.flags.remove(.allocated) }
         storage.hasPlace = found.mapping != nil
+        // An extent that ends with its image is another one than an extent that something follows.
+        storage.endsImage = offset + found.count == image.size
         return ImageSideStatus(
             isZero: found.flags.contains(.zero), storage: storage, end: offset + found.count)
     }
 
     // MARK: Looking
 
-    private func examine(_ part: Part) async {
+    /// Notes what differs in a part.
+    private func isEqual(_ part: Part) async -> Bool {
         do throws(BlockError) {
             let first = part.readsFirst ? try await read(images.0, part.range) : nil
             let second = part.readsSecond ? try await read(images.1, part.range) : nil
-            guard let difference = Self.difference(first, second) else { return }
+            guard let difference = Self.difference(first, second) else { return true }
             note(
                 .contents(part.range.offset + difference, sizesDiffer: part.range.offset >= common),
                 part.index)
@@ -227,6 +245,7 @@ private final class Comparison: @unchecked Sendable {
                 .reading(error.doing("error while reading at offset \(part.range.offset)")),
                 part.index)
         }
+        return false
     }
 
     private func read(_ image: Edge, _ range: ByteRange) async throws(BlockError) -> IOVector {
@@ -270,6 +289,7 @@ private struct ImageSideStatus {
     struct Storage: Equatable {
         var flags: ExtentFlags = []
         var hasPlace = false
+        var endsImage = false
     }
     let isZero: Bool
     let storage: Storage

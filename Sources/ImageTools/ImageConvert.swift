@@ -1,5 +1,7 @@
 import BlockCore
 import BlockGraph
+import BlockIO
+import BlockProtocols
 import QMP
 
 /// `convert`: copies one image, or several one after the other, into a new image or an existing one.
@@ -124,6 +126,10 @@ public struct ImageConvert: Sendable {
         guard !skipsBrokenBitmaps || copiesBitmaps else {
             throw BlockError(.invalidArgument, "--skip-broken-bitmaps needs --bitmaps")
         }
+        guard !compresses || !creates || targetFormat != "raw" else {
+            throw BlockError(
+                .unsupported, "raw images are not compressed", remedy: "use -O qcow2")
+        }
         if offloads {
             for (isGiven, what) in [
                 (sparseBytes != nil, "-S"), (compresses, "-c"), (salvages, "--salvage"),
@@ -191,7 +197,7 @@ public struct ImageConvert: Sendable {
         var guardian: Edge?
         if creates {
             (path, guardian) = try await session.beginTarget(target, unfinished)
-            try await create(path, source.size, in: session)
+            try await create(path, source.size, in: session, unfinished)
         }
         let user = try await openTarget(path, in: session)
         guard user.size >= source.size else {
@@ -208,12 +214,29 @@ public struct ImageConvert: Sendable {
     }
 
     private func create(
-        _ path: String, _ size: Int, in session: ToolSession
+        _ path: String, _ size: Int, in session: ToolSession, _ unfinished: UnfinishedFile
     ) async throws(BlockError) {
         var create = creation(at: path)
-        // A size that was given stands: the target may be larger.
-        if try create.readOptions()["size"] == nil { create.size = size }
+        create.unfinished = unfinished
+        if try create.readOptions()["size"] != nil {
+            warn("-o size has no effect: the target is as long as the sources")
+        }
+        create.size = size
         try await create.run(in: session) { _ in }
+    }
+
+    /// Options of the target's backing image, where the image, opened under the name it has until it is
+    /// whole, would look for it in another folder than under its own.
+    private func backingOptions(
+        of path: String, in session: ToolSession
+    ) async throws(BlockError) -> JSONValue? {
+        guard creates, path != target else { return nil }
+        let values = try creation(at: path).readOptions()
+        guard let name = backing ?? values["backing_file"] else { return nil }
+        let found = ImageName.resolve(name, besides: target)
+        guard found != ImageName.resolve(name, besides: path) else { return nil }
+        let source = ImageSource(found, format: backingFormat ?? values["backing_fmt"])
+        return try await session.options(for: source)
     }
 
     private func openTarget(_ path: String, in session: ToolSession) async throws(BlockError)
@@ -226,6 +249,7 @@ public struct ImageConvert: Sendable {
         if creates { target.more = try creation(at: path).openingOptions() }
         target.cache = targetCache
         target.discards = true
+        target.backingOptions = try await backingOptions(of: path, in: session)
         let user = try await session.use(
             target, as: "conversion",
             Access(uses: [.consistentRead, .write, .resize], shares: [.consistentRead]))
@@ -298,12 +322,22 @@ extension ToolSession {
     func beginTarget(
         _ target: String, _ unfinished: UnfinishedFile
     ) async throws(BlockError) -> (path: String, guardian: Edge?) {
+        let sources = usedFiles
         let guardian = try await holdOldTarget(target)
-        let path = try unfinished.begin(target)
+        let path = try unfinished.begin(target, besides: sources)
         guard unfinished.isInPlace, let guardian else { return (path, guardian) }
         // Whoever makes the image takes the locks himself.
         try await graph.detach(guardian)
         return (path, nil)
+    }
+
+    /// The local files that are open.
+    var usedFiles: Set<FileIdentity> {
+        var result: Set<FileIdentity> = []
+        for case let driver as FileDriver in graph.nodes.map(\.driver) {
+            if let identity = FileIdentity(ofFileAt: driver.filename) { result.insert(identity) }
+        }
+        return result
     }
 
     /// Keeps an existing target from others, and finds out whether it is a source or in use, before

@@ -18,6 +18,8 @@ public struct ImageCreate: Sendable {
     public var trustsBacking = false
     /// What errors call the image, where that is not its path.
     var shownName: String?
+    /// Told of the first change to what stands there.
+    var unfinished: UnfinishedFile?
 
     public init(_ name: String) {
         self.name = name
@@ -138,11 +140,12 @@ public struct ImageCreate: Sendable {
             throw BlockError(
                 .unsupported, "format '\(format)' has no backing images", remedy: "use -f qcow2")
         }
-        guard backing != name else {
+        let named = shownName ?? name
+        guard backing != named else {
             throw BlockError(.invalidArgument, "an image cannot be its own backing image")
         }
         if trustsBacking { return }
-        let path = ImageName.resolve(backing, besides: name)
+        let path = ImageName.resolve(backing, besides: named)
         var source = ImageSource(path, format: values["backing_fmt"])
         source.objects = objects
         guard source.format != nil else {
@@ -205,12 +208,11 @@ public struct ImageCreate: Sendable {
             file["size"] = options["size"]
             file["preallocation"] = options["preallocation"]
         }
+        try checkInPlace(options)
+        unfinished?.willChange()
         // A device is there already, and as long as it is.
         let isDevice = (try? await session.isBlockDevice(path)) ?? false
-        if !isDevice {
-            try await Self.create(
-                try ToolSession.registry.driver(named: "file").create, file, in: session)
-        }
+        if !isDevice { try await makeFile(file, in: session) }
         if format == "raw" { return }
         if case .string(let dataPath) = options["data-file"] {
             let data: JSONObject = ["filename": .string(dataPath), "size": 0]
@@ -222,6 +224,33 @@ public struct ImageCreate: Sendable {
             "driver": isDevice ? "host_device" : "file", "filename": .string(path),
         ]
         try await Self.create(create, options, in: session)
+    }
+
+    /// What stands there is not given up for options that the format refuses.
+    private func checkInPlace(_ options: JSONObject) throws(BlockError) {
+        guard unfinished?.isInPlace == true,
+            let measure = try ToolSession.registry.driver(named: format).measure
+        else { return }
+        // Measuring takes no word about where data goes, and in which form.
+        var plain: JSONObject = [:]
+        for member in options.members
+        where !member.key.hasPrefix("encrypt") && !member.key.hasPrefix("data-file") {
+            plain[member.key] = member.value
+        }
+        _ = try measure(try OptionReader(.object(plain), of: "the new image"))
+    }
+
+    private func makeFile(_ file: JSONObject, in session: ToolSession) async throws(BlockError) {
+        do throws(BlockError) {
+            try await Self.create(
+                try ToolSession.registry.driver(named: "file").create, file, in: session)
+        } catch {
+            // Others use it, or it cannot be opened: it is as it was.
+            if [.permissionDenied, .readOnly, .busy, .invalidArgument].contains(error.code) {
+                unfinished?.didNotChange()
+            }
+            throw error
+        }
     }
 
     private static func create(

@@ -98,6 +98,7 @@ public struct ImageDD: Sendable {
         let (path, guardian) = try await session.beginTarget(output, unfinished)
         var create = ImageCreate(path)
         create.shownName = output
+        create.unfinished = unfinished
         create.format = outputFormat
         create.size = outputSize ?? range.count
         try await create.run(in: session) { _ in }

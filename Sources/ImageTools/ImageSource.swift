@@ -28,6 +28,8 @@ public struct ImageSource: Sendable {
     public var more = JSONObject()
     /// The image alone: its backing image stays closed.
     public var withoutBacking = false
+    /// Options of the backing image, instead of what the image says of it.
+    var backingOptions: JSONValue?
     /// Nothing that the image names is followed.
     public var isUntrusted = false
     /// The image is opened to be checked, in whatever state it is.
@@ -109,6 +111,7 @@ extension ToolSession {
         {
             options["backing"] = .null
         }
+        if let backing = source.backingOptions { options["backing"] = backing }
         return .object(options)
     }
 

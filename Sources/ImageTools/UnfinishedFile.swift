@@ -15,20 +15,42 @@ import Darwin
 ///
 /// The image is written to `NAME.partial` beside the target and takes the target's name, replacing an
 /// image of that name, when all of it is there. A failure or a signal removes it; after SIGKILL or a
-/// power failure the name says what it is, and the next conversion to the same target overwrites it.
+/// power failure the name says what it is, and the next conversion to the same target removes it.
 /// Targets that a name cannot stand in for are written in place: devices, files with several
-/// names, folders where no file can be made. Of these, regular files are cut to nothing on failure.
+/// names, folders where no file can be made. Of these, regular files are cut to nothing on failure, if
+/// the work had begun to change them.
+///
+/// Invariants:
+/// 1. What is written, renamed or removed on failure is a file that this object made.
+/// 2. A file of such a name that was there before is removed only where it can be nothing but a leftover:
+///    a regular file of the caller's own, with one name, that nobody has locked and that this process
+///    does not use. Another name is taken otherwise: `NAME.partial.2`…
+/// 3. Symbolic links of that name are not followed.
 ///
 /// Safe from any thread: a signal may end the work at any moment.
 public final class UnfinishedFile: Sendable {
     private enum State {
         case none
-        /// Its path, and a descriptor that keeps other conversions from it.
-        case partial(String, Int32)
-        case inPlace(String)
+        case partial(Partial)
+        case inPlace(String, isChanged: Bool)
+    }
+
+    private struct Partial {
+        var path: String
+        /// The name that it gets.
+        var target: String
+        /// Keeps other conversions from it.
+        var descriptor: Int32
+        /// Of the file that it replaces.
+        var mode: mode_t?
+        var owner: (user: uid_t, group: gid_t)?
     }
 
     private static let suffix = ".partial"
+    /// Names that are tried.
+    private static let nameCountMax = 9
+    /// Leftovers that come and go while one name is tried.
+    private static let attemptCountMax = 4
     private let state = Mutex(State.none)
 
     public init() {}
@@ -43,30 +65,103 @@ public final class UnfinishedFile: Sendable {
 
     /// The path to write the image to, instead of `target`.
     ///
-    /// - Parameter target: a path, or a name with a protocol, which is left alone.
-    func begin(_ target: String) throws(BlockError) -> String {
+    /// - Parameters:
+    ///   - target: a path, or a name with a protocol, which is left alone.
+    ///   - used: files that are not to be touched, under whatever name: the sources.
+    /// - Throws: `busy` where another conversion to the same target is under way, or the target is one
+    ///   of `used`.
+    func begin(
+        _ target: String, besides used: Set<FileIdentity> = []
+    ) throws(BlockError) -> String {
         let plain = target.hasPrefix("file:") ? String(target.dropFirst(5)) : target
         if target == plain, ImageName.hasProtocol(target) { return target }
         guard !plain.isEmpty, !plain.utf8.contains(0) else {
             throw BlockError(.invalidArgument, "the target's name is empty or holds a zero byte")
         }
         let place = Self.place(plain)
-        let partial = place.path + Self.suffix
-        let descriptor =
-            place.isReplaceable ? open(partial, O_RDWR | O_CREAT | O_CLOEXEC, 0o644) : -1
-        guard descriptor >= 0 else {
-            state.withLock { $0 = .inPlace(plain) }
-            return plain
+        if place.isReplaceable, let partial = try Self.make(for: place, besides: used) {
+            state.withLock { $0 = .partial(partial) }
+            return partial.path
         }
+        guard FileIdentity(ofFileAt: plain).map(used.contains) != true else {
+            throw BlockError(.busy, "'\(plain)' is a source too: it cannot be the target")
+        }
+        state.withLock { $0 = .inPlace(plain, isChanged: false) }
+        return plain
+    }
+
+    /// Makes the file under the first name that is free.
+    ///
+    /// - Returns: `nil` where no file can be made.
+    private static func make(
+        for place: Place, besides used: Set<FileIdentity>
+    ) throws(BlockError) -> Partial? {
+        for number in 1...nameCountMax {
+            let path = place.path + suffix + (number == 1 ? "" : ".\(number)")
+            for _ in 0..<attemptCountMax {
+                // Nobody else reads what its owner alone may read.
+                let descriptor = open(
+                    path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
+                    place.mode == nil ? 0o644 : 0o600)
+                if descriptor >= 0 {
+                    guard flock(descriptor, LOCK_EX | LOCK_NB) == 0 else {
+                        // Another conversion took it for a leftover just now.
+                        _ = close(descriptor)
+                        continue
+                    }
+                    return Partial(
+                        path: path, target: place.path, descriptor: descriptor,
+                        mode: place.mode, owner: place.owner)
+                }
+                guard errno == EEXIST else { return nil }
+                guard try removeLeftover(path, besides: used) else { break }
+            }
+        }
+        throw BlockError(
+            .busy, "'\(place.path)\(suffix)' and the names after it are taken",
+            remedy: "move these files away")
+    }
+
+    /// - Returns: `false` where the file is to stay.
+    /// - Throws: `busy` for the file of another conversion.
+    private static func removeLeftover(
+        _ path: String, besides used: Set<FileIdentity>
+    ) throws(BlockError) -> Bool {
+        // Not to be caught by a pipe that nobody writes.
+        let descriptor = open(path, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC)
+        guard descriptor >= 0 else { return errno == ENOENT }
+        defer { _ = close(descriptor) }
+        var info = stat()
+        guard fstat(descriptor, &info) == 0, info.st_mode & S_IFMT == S_IFREG,
+            info.st_uid == geteuid(), info.st_nlink == 1,
+            !used.contains(FileIdentity(info))
+        else { return false }
         guard flock(descriptor, LOCK_EX | LOCK_NB) == 0 else {
-            _ = close(descriptor)
             throw BlockError(
-                .busy, "'\(partial)' is being written by another conversion to the same target")
+                .busy, "'\(path)' is being written by another conversion to the same target")
         }
-        state.withLock { $0 = .partial(partial, descriptor) }
-        if let owner = place.owner { _ = fchown(descriptor, owner.user, owner.group) }
-        if let mode = place.mode { _ = fchmod(descriptor, mode & 0o7777) }
-        return partial
+        guard !isLockedImage(descriptor) else { return false }
+        // It may have got its name, or be gone, since it was opened.
+        guard isNamed(path, descriptor) else { return true }
+        return unlink(path) == 0
+    }
+
+    /// Whether a process uses the file as an image: then it holds locks on some of its bytes.
+    private static func isLockedImage(_ descriptor: Int32) -> Bool {
+        var request = flock()
+        request.l_type = Int16(F_WRLCK)
+        request.l_whence = Int16(SEEK_SET)
+        request.l_start = 0
+        request.l_len = 0
+        return fcntl(descriptor, F_GETLK, &request) == 0 && request.l_type != Int16(F_UNLCK)
+    }
+
+    /// Whether `path` still is the open file's name.
+    private static func isNamed(_ path: String, _ descriptor: Int32) -> Bool {
+        var named = stat()
+        var opened = stat()
+        return lstat(path, &named) == 0 && fstat(descriptor, &opened) == 0
+            && FileIdentity(named) == FileIdentity(opened)
     }
 
     /// Whether the target is written under its own name.
@@ -77,21 +172,38 @@ public final class UnfinishedFile: Sendable {
         }
     }
 
+    /// The target is about to be changed: from here on a failure leaves nothing that looks whole.
+    func willChange() {
+        state.withLock { state in
+            if case .inPlace(let path, _) = state { state = .inPlace(path, isChanged: true) }
+        }
+    }
+
+    /// Nothing was changed after all: what stands there is left as it is.
+    func didNotChange() {
+        state.withLock { state in
+            if case .inPlace(let path, _) = state { state = .inPlace(path, isChanged: false) }
+        }
+    }
+
     /// The image is complete: it gets its name. All that must be durable is.
     func commit(to target: String, durably: Bool) throws(BlockError) {
         let ended = state.withLock { state in
             defer { state = .none }
             return state
         }
-        guard case .partial(let partial, let lock) = ended else { return }
-        defer { _ = close(lock) }
-        let path = String(partial.dropLast(Self.suffix.count))
-        guard rename(partial, path) == 0 else {
+        guard case .partial(let partial) = ended else { return }
+        defer { _ = close(partial.descriptor) }
+        // A new owner takes set-user bits away: the mode comes second.
+        if let owner = partial.owner { _ = fchown(partial.descriptor, owner.user, owner.group) }
+        if let mode = partial.mode { _ = fchmod(partial.descriptor, mode & 0o7777) }
+        guard rename(partial.path, partial.target) == 0 else {
             let failure = errno
-            _ = unlink(partial)
-            throw .system("cannot rename '\(partial)' to '\(path)'", failure)
+            Self.remove(partial)
+            throw .system("cannot rename '\(partial.path)' to '\(partial.target)'", failure)
         }
         guard durably else { return }
+        let path = partial.target
         let folder = path.lastIndex(of: "/").map { String(path[...$0]) } ?? "."
         let descriptor = open(folder, O_RDONLY | O_CLOEXEC)
         guard descriptor >= 0 else { return }
@@ -107,11 +219,16 @@ public final class UnfinishedFile: Sendable {
         }
         switch ended {
         case .none: break
-        case .partial(let path, let lock):
-            _ = unlink(path)
-            _ = close(lock)
-        case .inPlace(let path): Self.cut(path)
+        case .partial(let partial):
+            Self.remove(partial)
+            _ = close(partial.descriptor)
+        case .inPlace(let path, let isChanged):
+            if isChanged { Self.cut(path) }
         }
+    }
+
+    private static func remove(_ partial: Partial) {
+        if isNamed(partial.path, partial.descriptor) { _ = unlink(partial.path) }
     }
 
     /// A regular file that is written in place must not look whole. Devices stay as they are.
@@ -141,5 +258,18 @@ public final class UnfinishedFile: Sendable {
         return Place(
             path: real, mode: info.st_mode, owner: (info.st_uid, info.st_gid),
             isReplaceable: info.st_mode & S_IFMT == S_IFREG && info.st_nlink == 1)
+    }
+}
+
+extension FileIdentity {
+    init(_ info: stat) {
+        self.init(device: UInt64(info.st_dev), inode: UInt64(info.st_ino))
+    }
+
+    /// - Returns: `nil` where there is none, or no word of it.
+    init?(ofFileAt path: String) {
+        var info = stat()
+        guard stat(path, &info) == 0 else { return nil }
+        self.init(info)
     }
 }

@@ -29,7 +29,11 @@ struct CompareCommand: ParsableCommand {
         CommandSignals.prepare()
         var code: Int32 = 0
         try Failure.rethrow { () throws(BlockError) in
-            let compare = try compare
+            guard let cache = cacheMode else {
+                code = ImageCompare.Failure.openingCode
+                return
+            }
+            let compare = try compare(cache)
             let shown = shown
             code = try ToolSession.run { session throws(BlockError) in
                 let progress = try shown.make()
@@ -48,20 +52,27 @@ struct CompareCommand: ParsableCommand {
         if code != 0 { throw ExitCode(code) }
     }
 
-    private var compare: ImageCompare {
-        get throws(BlockError) {
-            guard files.count == 2 else {
-                throw BlockError(.invalidArgument, "compare needs two images")
-            }
-            let mode = try CacheMode(named: cache)
-            var first = try image.source(files[0])
-            var second = try image.source(files[1])
-            second.format = secondFormat
-            first.cache = mode
-            second.cache = mode
-            var compare = ImageCompare(first, second)
-            compare.isStrict = strict
-            return compare
+    /// `nil` for none that there is, which counts as an image that cannot be opened.
+    private var cacheMode: CacheMode? {
+        do throws(BlockError) {
+            return try CacheMode(named: cache)
+        } catch {
+            StandardError.print("\(Merino.program): \(error.plainDescription)")
+            return nil
         }
+    }
+
+    private func compare(_ mode: CacheMode) throws(BlockError) -> ImageCompare {
+        guard files.count == 2 else {
+            throw BlockError(.invalidArgument, "compare needs two images")
+        }
+        var first = try image.source(files[0])
+        var second = try image.source(files[1])
+        second.format = secondFormat
+        first.cache = mode
+        second.cache = mode
+        var compare = ImageCompare(first, second)
+        compare.isStrict = strict
+        return compare
     }
 }
