@@ -48,7 +48,7 @@ public struct ImageCompact: Sendable {
         do throws(BlockError) {
             let old = try await ImageInfo(of: holder.node, filename: source.name)
             try Self.check(old)
-            let path = try unfinished.begin(source.name)
+            let path = try unfinished.begin(source.name, besides: session.usedFiles)
             guard path != source.name else {
                 throw BlockError(
                     .unsupported,

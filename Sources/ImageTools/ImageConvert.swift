@@ -123,6 +123,9 @@ public struct ImageConvert: Sendable {
                         + "\(sparseBytes)", remedy: "0 allocates the target fully")
             }
         }
+        guard !copiesBitmaps || !creates || targetFormat != "raw" else {
+            throw Self.noBitmaps(targetFormat)
+        }
         guard !skipsBrokenBitmaps || copiesBitmaps else {
             throw BlockError(.invalidArgument, "--skip-broken-bitmaps needs --bitmaps")
         }
@@ -142,10 +145,6 @@ public struct ImageConvert: Sendable {
         }
     }
 
-    private func refuseMissing() throws(BlockError) {
-        if copiesBitmaps { throw BlockError(.unsupported, "--bitmaps is not supported") }
-    }
-
     // MARK: Run
 
     /// Converts.
@@ -157,11 +156,14 @@ public struct ImageConvert: Sendable {
         in session: ToolSession, progress: Progress, unfinished: UnfinishedFile
     ) async throws(BlockError) {
         try check()
-        try refuseMissing()
         do throws(BlockError) {
             let users = try await openSources(in: session)
             let source = try CopySource(users, layers: backing == nil ? nil : 1)
-            try await convert(source, in: session, progress, unfinished)
+            guard let first = users.first else {
+                throw BlockError(.invalidArgument, "there is nothing to convert")
+            }
+            let bitmaps = try bitmaps(of: first.node)
+            try await convert(source, bitmaps, in: session, progress, unfinished)
             for user in users { try await session.graph.detach(user) }
         } catch {
             unfinished.discard()
@@ -190,7 +192,8 @@ public struct ImageConvert: Sendable {
     }
 
     private func convert(
-        _ source: CopySource, in session: ToolSession, _ progress: Progress,
+        _ source: CopySource, _ bitmaps: [DirtyBitmap], in session: ToolSession,
+        _ progress: Progress,
         _ unfinished: UnfinishedFile
     ) async throws(BlockError) {
         var path = target
@@ -206,7 +209,9 @@ public struct ImageConvert: Sendable {
                 "the target '\(target)' has \(user.size) bytes, the source \(source.size)",
                 remedy: "make it larger first")
         }
+        try check(bitmaps, on: user.node)
         try await copy(source, to: user, progress)
+        try await copy(bitmaps, to: user.node)
         try await user.flush()
         try await session.graph.detach(user)
         if let guardian { try await session.graph.detach(guardian) }

@@ -247,6 +247,185 @@ import Testing
     }
 
     @Test(
+        "a target in place stays as it is when the work fails before its first change",
+        arguments: [
+            ["-O", "qcow2", "-o", "nosuch=1"], ["-O", "qcow2", "-o", "cluster_size=3"],
+            ["-O", "qcow2", "-B", "none", "-F", "raw"], ["-o", "preallocation=metadata"],
+            ["-c"], ["-U", "-f", "raw", "one"],
+        ])
+    func untouchedInPlace(_ options: [String]) throws {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "source", "1M")
+        try place.tool("qemu-img", "create", "-q", "one", "1M")
+        try place.tool("qemu-io", "-f", "raw", "-c", "write -P 7 0 1M", "one")
+        try place.tool("cp", "one", "copy")
+        try place.tool("ln", "one", "two")
+        var arguments = ["convert"] + options
+        if options.last != "one" { arguments += ["-f", "raw", "source"] }
+        let result = try place.run(Workplace.merino, arguments + ["two"])
+        #expect(result.status == 1 && result.errors != "")
+        #expect(try place.tool("cmp", "one", "copy").status == 0)
+    }
+
+    @Test func aTargetInPlaceIsCutWhenTheWorkFailsLater() throws {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "a", "64M")
+        try place.tool("qemu-io", "-f", "raw", "-c", "write -P 1 0 64M", "a")
+        try place.tool("qemu-img", "create", "-q", "one", "1M")
+        try place.tool("ln", "one", "two")
+        _ = try place.run(
+            "/usr/bin/timeout",
+            ["-s", "TERM", "1", Workplace.merino, "convert", "-f", "raw", "-r", "1M", "a", "one"])
+        #expect(try place.tool("stat", "-c", "%s", "two").output == "0\n")
+    }
+
+    @Test func aDeviceIsATarget() throws {
+        let place = try withChain()
+        try place.tool("truncate", "-s", "12M", "disk")
+        let found = try place.tool("losetup", "-f", "--show", "disk")
+        // Not everybody may make devices.
+        guard found.status == 0 else { return }
+        let device = String(found.output.dropLast())
+        defer { _ = try? place.tool("losetup", "-d", device) }
+        for format in ["raw", "qcow2"] {
+            let result = try place.merino("convert", "-O", format, "top.qcow2", device)
+            #expect(result.status == 0, "\(format): \(result.errors)")
+            let same = try place.tool("qemu-img", "compare", "-F", format, "top.qcow2", device)
+            #expect(same.status == 0, "\(format): \(same.output)\(same.errors)")
+        }
+    }
+
+    // MARK: Names that are taken
+
+    @Test func aSourceOfThePartialNameStays() throws {
+        let place = try withChain()
+        try place.tool("mv", "top.qcow2", "x.partial")
+        let result = try place.merino("convert", "-O", "qcow2", "x.partial", "x")
+        #expect(result.status == 0, "\(result.errors)")
+        try expectSame(place, "x.partial", "x")
+        #expect(!exists(place, "x.partial.2"))
+    }
+
+    @Test(
+        "a file of the partial name that is no leftover stays",
+        arguments: ["ln victim x.partial", "ln -s victim x.partial"])
+    func notALeftover(_ command: String) throws {
+        let place = try withChain()
+        try place.tool("cp", "base.qcow2", "victim")
+        try place.run("/usr/bin/env", command.split(separator: " ").map(String.init))
+        let result = try place.merino("convert", "top.qcow2", "x")
+        #expect(result.status == 0, "\(result.errors)")
+        try expectSame(place, "top.qcow2", "x")
+        #expect(try place.tool("cmp", "base.qcow2", "victim").status == 0)
+        #expect(exists(place, "x.partial"))
+    }
+
+    @Test func anImageInUseOfThePartialNameStays() throws {
+        let place = try withChain()
+        try place.tool("cp", "base.qcow2", "x.partial")
+        // Both are open at the same time: the exerciser holds its image while it sleeps.
+        let script = """
+            qemu-io -f qcow2 -c 'sleep 2000' x.partial >io & sleep 1
+            "$0" convert top.qcow2 x; status=$?; wait; exit $status
+            """
+        let result = try place.run("/bin/bash", ["-c", script, Workplace.merino])
+        #expect(result.status == 0, "\(result.errors)")
+        #expect(try place.tool("cmp", "base.qcow2", "x.partial").status == 0)
+    }
+
+    @Test func aBackingImageIsLookedForBesideTheNameThatWasGiven() throws {
+        let place = try withChain()
+        try place.tool("mkdir", "links", "files")
+        try place.tool("cp", "mid.qcow2", "base.qcow2", "links")
+        try place.tool("qemu-img", "create", "-q", "files/real", "1M")
+        try place.tool("ln", "-s", "../files/real", "links/name")
+        let result = try place.merino(
+            "convert", "-O", "qcow2", "-B", "mid.qcow2", "-F", "qcow2", "top.qcow2", "links/name")
+        #expect(result.status == 0, "\(result.errors)")
+        #expect(!exists(place, "files/real.partial"))
+        try place.tool("cp", "files/real", "links/same")
+        try expectSame(place, "top.qcow2", "links/same")
+    }
+
+    // MARK: Sizes and bitmaps
+
+    @Test("the target is as long as the source", arguments: ["raw", "qcow2"])
+    func sizeHasNoEffect(_ format: String) throws {
+        let place = try withChain()
+        for size in ["1M", "20M"] {
+            let result = try place.merino(
+                "convert", "-O", format, "-o", "size=\(size)", "base.qcow2", "x")
+            #expect(result.status == 0 && result.errors.contains("size has no effect"))
+            let info = try place.tool("qemu-img", "info", "--output=json", "x").output
+            #expect(info.contains("\"virtual-size\": 8388608"), "\(info)")
+        }
+    }
+
+    @Test func theLastShortClusterIsCompressedPastThePageCache() throws {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "a", "1000k")
+        try place.tool("qemu-io", "-f", "raw", "-c", "write -P 3 0 1000k", "a")
+        try place.tool("truncate", "-s", "+512", "a")
+        try place.tool("qemu-io", "-f", "raw", "-c", "write -P 4 1000k 512", "a")
+        let result = try place.merino(
+            "convert", "-c", "-t", "none", "-f", "raw", "-O", "qcow2", "a", "b")
+        #expect(result.status == 0, "\(result.errors)")
+        try expectSame(place, "a", "b")
+    }
+
+    @Test func bitmapsGoWithTheData() throws {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "a", "8M")
+        try place.tool("qemu-img", "bitmap", "--add", "-g", "4k", "a", "fine")
+        try place.tool("qemu-img", "bitmap", "--add", "a", "off")
+        try place.tool("qemu-io", "-c", "write -P 1 1M 100k", "a")
+        try place.tool("qemu-img", "bitmap", "--disable", "a", "off")
+        try place.tool("qemu-io", "-c", "write -P 1 4M 100k", "a")
+        let result = try place.merino("convert", "--bitmaps", "-O", "qcow2", "a", "b")
+        #expect(result.status == 0, "\(result.errors)")
+        let other = try place.tool("qemu-img", "convert", "--bitmaps", "-O", "qcow2", "a", "c")
+        #expect(other.status == 0)
+        func told(_ name: String) throws -> String {
+            var text = try place.tool("qemu-img", "info", name).output
+            if let start = text.range(of: "bitmaps:") { text = String(text[start.upperBound...]) }
+            for bitmap in ["fine", "off"] {
+                text += try place.tool(
+                    "nbdinfo", "--map=qemu:dirty-bitmap:\(bitmap)", "--", "[", "qemu-nbd", "-r",
+                    "-f", "qcow2", "-B", bitmap, name, "]"
+                ).output
+            }
+            return text
+        }
+        let text = try told("b")
+        #expect(text.contains("dirty") && text.contains("granularity: 4096"))
+        #expect(try told("c") == text)
+    }
+
+    @Test func inconsistentBitmapsAreAnErrorOrLeftOut() throws {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "a", "8M")
+        try place.tool("qemu-img", "bitmap", "--add", "a", "good")
+        try place.tool("qemu-img", "bitmap", "--add", "a", "bad")
+        // Whoever wrote it did not close it: both bitmaps stay in use.
+        try place.run(
+            "/bin/bash",
+            [
+                "-c",
+                "qemu-io -c 'write 0 64k' -c 'sigraise 9' a >io; qemu-img bitmap --remove a good",
+            ])
+        try place.tool("qemu-img", "bitmap", "--add", "a", "good")
+        let refused = try place.merino("convert", "--bitmaps", "-O", "qcow2", "a", "b")
+        #expect(refused.status == 1 && refused.errors.contains("'bad' is inconsistent"))
+        #expect(!exists(place, "b"))
+        let skipped = try place.merino(
+            "convert", "--bitmaps", "--skip-broken-bitmaps", "-O", "qcow2", "a", "b")
+        #expect(skipped.status == 0 && skipped.errors.contains("'bad'"), "\(skipped.errors)")
+        let info = try place.tool("qemu-img", "info", "b").output
+        #expect(info.contains("name: good") && !info.contains("name: bad"))
+        #expect(try place.merino("convert", "--bitmaps", "a", "c").status == 1)
+    }
+
+    @Test(
         "options that exclude each other are refused like qemu-img's",
         arguments: [
             ["base.qcow2"], [], ["-n", "-o", "size=3", "base.qcow2", "x"],
