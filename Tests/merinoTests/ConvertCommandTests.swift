@@ -188,7 +188,8 @@ import Testing
         #expect(try place.merino("convert", "-p", "-q", "top.qcow2", "b").output == "")
     }
 
-    @Test func damagedDataIsSalvaged() throws {
+    /// c.qcow2, of which the first cluster cannot be expanded.
+    private func withDamagedImage() throws -> Workplace {
         let place = try Workplace()
         try place.tool("qemu-img", "create", "-q", "a", "1M")
         try place.tool("qemu-io", "-f", "raw", "-c", "write -P 5 0 1M", "a")
@@ -198,6 +199,11 @@ import Testing
         file.seek(toFileOffset: 0x50000)
         file.write(Data(repeating: 0xff, count: 64))
         file.closeFile()
+        return place
+    }
+
+    @Test func damagedDataIsSalvaged() throws {
+        let place = try withDamagedImage()
         let failed = try place.merino("convert", "c.qcow2", "out")
         #expect(failed.status == 1 && !exists(place, "out"))
         let salvaged = try place.merino("convert", "--salvage", "c.qcow2", "out")
@@ -268,14 +274,10 @@ import Testing
     }
 
     @Test func aTargetInPlaceIsCutWhenTheWorkFailsLater() throws {
-        let place = try Workplace()
-        try place.tool("qemu-img", "create", "-q", "a", "64M")
-        try place.tool("qemu-io", "-f", "raw", "-c", "write -P 1 0 64M", "a")
+        let place = try withDamagedImage()
         try place.tool("qemu-img", "create", "-q", "one", "1M")
         try place.tool("ln", "one", "two")
-        _ = try place.run(
-            "/usr/bin/timeout",
-            ["-s", "TERM", "1", Workplace.merino, "convert", "-f", "raw", "-r", "1M", "a", "one"])
+        #expect(try place.merino("convert", "c.qcow2", "one").status == 1)
         #expect(try place.tool("stat", "-c", "%s", "two").output == "0\n")
     }
 
