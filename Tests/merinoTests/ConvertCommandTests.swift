@@ -314,7 +314,7 @@ import Testing
     func notALeftover(_ command: String) throws {
         let place = try withChain()
         try place.tool("cp", "base.qcow2", "victim")
-        try place.run("/usr/bin/env", command.split(separator: " ").map(String.init))
+        _ = try place.run("/usr/bin/env", command.split(separator: " ").map(String.init))
         let result = try place.merino("convert", "top.qcow2", "x")
         #expect(result.status == 0, "\(result.errors)")
         try expectSame(place, "top.qcow2", "x")
@@ -409,7 +409,7 @@ import Testing
         try place.tool("qemu-img", "bitmap", "--add", "a", "good")
         try place.tool("qemu-img", "bitmap", "--add", "a", "bad")
         // Whoever wrote it did not close it: both bitmaps stay in use.
-        try place.run(
+        _ = try place.run(
             "/bin/bash",
             [
                 "-c",
