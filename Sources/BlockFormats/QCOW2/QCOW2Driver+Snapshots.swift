@@ -406,7 +406,30 @@ extension QCOW2Driver: InternalSnapshotStore {
     }
 
     func readL1(of snapshot: QCOW2.Snapshot) async throws(BlockError) -> [UInt64] {
-        try await Self.readTable(file, snapshot.l1Offset, snapshot.l1EntryCount)
+        try checkPlace(of: snapshot)
+        return try await Self.readTable(file, snapshot.l1Offset, snapshot.l1EntryCount)
+    }
+
+    /// A snapshot's L1 table lies in the file, behind the header: what a repair keeps.
+    ///
+    /// Otherwise a small file could have as many and as large tables as it says.
+    private func checkPlace(of snapshot: QCOW2.Snapshot) throws(BlockError) {
+        if snapshot.l1EntryCount == 0 { return }
+        let bytes = snapshot.l1EntryCount * 8
+        let fault: String
+        if snapshot.l1Offset == 0 {
+            fault = "over the header"
+        } else if snapshot.l1Offset + bytes - file.size >= geometry.clusterSize {
+            // The last cluster may be there in part.
+            fault = "past the end of the file at \(file.size)"
+        } else {
+            return
+        }
+        throw BlockError(
+            .corrupt,
+            "the L1 table of snapshot '\(QCOW2Check.printable(snapshot.name))', \(bytes) bytes at "
+                + "\(snapshot.l1Offset), lies \(fault)",
+            remedy: "repair the image", node: node.name)
     }
 
     // MARK: Resize
@@ -458,7 +481,10 @@ extension QCOW2Driver: InternalSnapshotStore {
             }
             wanted = min(most, wanted * 2)
         }
-        if !node.isReadOnly { try await noteSnapshotClusters() }
+        // Who only reads the disk needs none of it.
+        if node.isReadOnly { return }
+        for snapshot in snapshots { try checkPlace(of: snapshot) }
+        try await noteSnapshotClusters()
     }
 
     /// Where writes of data must not go.
