@@ -53,10 +53,23 @@ extension BlockNode {
 
     // MARK: Write
 
+    /// Enters a request, once nobody is in its way.
+    ///
+    /// - Parameter end: where it ends in the node. It was checked before; but what the request waited for
+    ///   since, here or before, may have shrunk the node.
+    /// - Throws: `outOfRange` then.
     @inline(__always)
-    func begin(_ range: ByteRange, serialising: Bool) async -> UInt64 {
+    func begin(
+        _ range: ByteRange, serialising: Bool, end: Int
+    ) async throws(BlockError) -> UInt64 {
         let (identifier, waits) = tracker.enter(range, serialising: serialising)
         if waits { await waitForTurn(identifier) }
+        guard end <= size else {
+            tracker.leave(identifier)
+            throw BlockError(
+                .outOfRange, "a request up to \(end) came when the node had shrunk to \(size)",
+                node: name)
+        }
         return identifier
     }
 
@@ -75,8 +88,8 @@ extension BlockNode {
         let isAligned = range.isAligned(to: limits.requestAlignment)
         let tracked =
             isAligned ? range : (range.aligned(to: limits.requestAlignment) ?? range)
-        let identifier = await begin(
-            tracked, serialising: !isAligned || flags.contains(.serialising))
+        let identifier = try await begin(
+            tracked, serialising: !isAligned || flags.contains(.serialising), end: range.end)
         do throws(BlockError) {
             if isAligned, vector.count <= limits.transferMax,
                 vector.isAligned(to: limits.memoryAlignment),
@@ -205,9 +218,9 @@ extension BlockNode {
         try await willChange()
         let alignment = limits.requestAlignment
         let isAligned = range.isAligned(to: alignment)
-        let identifier = await begin(
+        let identifier = try await begin(
             isAligned ? range : (range.aligned(to: alignment) ?? range),
-            serialising: !isAligned || flags.contains(.serialising))
+            serialising: !isAligned || flags.contains(.serialising), end: range.end)
         defer { tracker.leave(identifier) }
         var passed = flags.subtracting(.compressed)
         let flushesAfter = flags.contains(.fua) && !driver.supportsFUA
@@ -277,7 +290,7 @@ extension BlockNode {
         guard start < end else { return }
         try await willChange()
         let inner = ByteRange(from: start, to: end)
-        let identifier = await begin(inner, serialising: false)
+        let identifier = try await begin(inner, serialising: false, end: inner.end)
         defer { tracker.leave(identifier) }
         do throws(BlockError) {
             try await driver.discard(inner)

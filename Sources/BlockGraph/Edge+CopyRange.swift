@@ -81,7 +81,7 @@ extension BlockNode {
             throw BlockError(.unsupported, "only whole blocks are copied by the storage")
         }
         try await willChange()
-        let identifier = await begin(range, serialising: false)
+        let identifier = try await begin(range, serialising: false, end: range.end)
         defer { tracker.leave(identifier) }
         do throws(BlockError) {
             try await driver.copyRange(from: stored, to: offset, method)

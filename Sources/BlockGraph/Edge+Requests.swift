@@ -137,7 +137,7 @@ extension Edge {
         if node.isReadOnly { throw BlockError(.readOnly, "the node is read-only", node: node.name) }
         try await node.willChange()
         let whole = ByteRange(0, max(size, node.size))
-        let identifier = await node.begin(whole, serialising: true)
+        let identifier = try await node.begin(whole, serialising: true, end: 0)
         defer { node.tracker.leave(identifier) }
         do throws(BlockError) {
             try await node.driver.resize(to: size, preallocation)

@@ -11,6 +11,7 @@ final class MemoryDriver: BlockDriver, @unchecked Sendable {
     var bytes: [UInt8]
     var flushFails = false
     var servesAtOnce = true
+    var yieldsInResize = false
     var refuses: Permission = []
 
     init(_ node: BlockNode, size: Int, alignment: Int) {
@@ -64,6 +65,7 @@ final class MemoryDriver: BlockDriver, @unchecked Sendable {
         BlockStatus([.data], count: range.count)
     }
     func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {
+        if yieldsInResize { await node.thread.yield() }
         bytes = bytes.prefix(size) + [UInt8](repeating: 0, count: max(0, size - bytes.count))
         node.size = size
     }

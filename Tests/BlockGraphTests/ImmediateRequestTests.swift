@@ -87,6 +87,20 @@ import Testing
         #expect(!during && after)
     }
 
+    @Test func aWriteThatWaitedForAShrinkIsRefused() async throws {
+        let (code, size) = try await withEdge { (_, edge, driver) throws(BlockError) in
+            driver.yieldsInResize = true
+            let task = edge.node.thread.spawn { try? await edge.resize(to: 4096) }
+            var code: BlockError.Code?
+            do throws(BlockError) {
+                try await edge.write(8192, from: try Self.data(512))
+            } catch { code = error.code }
+            await task.value
+            return (code, driver.bytes.count)
+        }
+        #expect(code == .outOfRange && size == 4096)
+    }
+
     @Test func writeThroughIsNotServedFromTheCache() async throws {
         let passed = try await withEdge { (_, edge, _) throws(BlockError) in
             edge.isWriteThrough = true
