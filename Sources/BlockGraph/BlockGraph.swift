@@ -16,6 +16,8 @@ public final class BlockGraph: @unchecked Sendable {
     private var lastAutomaticName = 0
     /// What options of nodes refer to, by identifier; see `addObject` and `removeObject`.
     public internal(set) var objects: [String: any GraphObject] = [:]
+    /// Told when an image turns out to be corrupt while it is in use, once for each node.
+    public var corruptionObserver: ((BlockNode, ImageCorruption) -> Void)?
     /// Of sections that are drained right now.
     private var drains: [DrainSection] = []
 

@@ -37,6 +37,21 @@ public struct CheckReport: Sendable, Equatable {
     public var isClean: Bool { corruptions == 0 && leaks == 0 && checkErrors == 0 }
 }
 
+/// Damage that was come across while an image was in use.
+public struct ImageCorruption: Sendable {
+    public var message: String
+    /// Where in the image's file, if at one place.
+    public var place: ByteRange?
+    /// The image takes no more writes.
+    public var isFatal: Bool
+
+    public init(message: String, place: ByteRange?, isFatal: Bool) {
+        self.message = message
+        self.place = place
+        self.isFatal = isFatal
+    }
+}
+
 /// Takes one line on something that a check found.
 public typealias CheckNotice = (String) -> Void
 

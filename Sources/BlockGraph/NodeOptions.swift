@@ -47,6 +47,7 @@ public struct NodeOptions: Sendable, Equatable {
         if let value = try options.bool("read-only") { isReadOnly = value }
         if let value = try options.bool("auto-read-only") { autoReadOnly = value }
         if let value = try options.bool("force-share") { sharesAll = value }
+        if let value = try options.bool("untrusted") { isUntrusted = value }
         if let value = try options.enumeration("discard", as: Discard.self) {
             discards = value == .unmap || value == .on
         }

@@ -63,7 +63,7 @@ public struct ImageInfo: Sendable {
             let info = try await one(source, isPlain ? source.name : nil, in: session)
             result.append(info)
             next = nil
-            guard chain, let path = info.backingPath else { break }
+            guard chain, !source.isUntrusted, let path = info.backingPath else { break }
             guard seen.insert(path).inserted, result.count < Limits.graphDepthMax else {
                 throw BlockError(
                     .corrupt, "the backing chain of '\(result[0].filename)' comes back to '\(path)'"

@@ -128,6 +128,7 @@ extension ToolSession {
 
     /// What the name says: a driver at least.
     private func namedOptions(_ source: ImageSource) async throws(BlockError) -> JSONObject {
+        if source.isUntrusted { try checkUntrusted(source) }
         if source.isOptions {
             guard source.format == nil else {
                 throw BlockError(
@@ -146,6 +147,24 @@ extension ToolSession {
         return options
     }
 
+    /// An image that is not trusted is a file, and of the format that the user says.
+    private func checkUntrusted(_ source: ImageSource) throws(BlockError) {
+        if source.isOptions { return }
+        guard source.format != nil else {
+            throw BlockError(
+                .invalidArgument,
+                "the format of '\(source.name)' is not given, and it is not trusted",
+                remedy: "give it with -f; 'merino inspect' tells what the image looks like")
+        }
+        let hasProtocol =
+            ImageName.hasProtocol(source.name) && !source.name.hasPrefix("file:")
+        guard !hasProtocol else {
+            throw BlockError(
+                .permissionDenied, "'\(source.name)' is not the name of a file",
+                remedy: "put './' in front if it is, or give options with --image-opts")
+        }
+    }
+
     /// Adds the drivers that options leave out.
     private func completed(
         _ value: JSONValue, _ source: ImageSource
@@ -161,6 +180,11 @@ extension ToolSession {
             options["file"] = .object(file)
             if let format = source.format { setDefault("driver", .string(format), in: &options) }
             if options["driver"] == nil {
+                guard !source.isUntrusted else {
+                    throw BlockError(
+                        .invalidArgument, "the image's format is not given, and it is not trusted",
+                        remedy: "give 'driver'")
+                }
                 let found = try await formatted(nil, file)
                 for member in found.members { options[member.key] = member.value }
                 guardProbed(&options, source)

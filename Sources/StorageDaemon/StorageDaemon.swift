@@ -46,6 +46,21 @@ public final class StorageDaemon: @unchecked Sendable {
     public init(on thread: IOThread) {
         self.thread = thread
         graph = BlockGraph(on: thread, registry: Self.registry)
+        graph.corruptionObserver = { [unowned self] node, corruption in
+            emit("BLOCK_IMAGE_CORRUPTED", Self.eventData(node, corruption))
+        }
+    }
+
+    private static func eventData(_ node: BlockNode, _ corruption: ImageCorruption) -> JSONValue {
+        var data: JSONObject = ["device": ""]
+        if !node.name.hasPrefix("#") { data["node-name"] = .string(node.name) }
+        data["msg"] = .string(corruption.message)
+        if let place = corruption.place {
+            data["offset"] = .integer(place.offset)
+            data["size"] = .integer(place.count)
+        }
+        data["fatal"] = .bool(corruption.isFatal)
+        return .object(data)
     }
 
     /// Ends exports and the server, then closes all nodes.

@@ -16,12 +16,15 @@ struct ImageArguments: ParsableArguments {
         name: [.customShort("U"), .customLong("force-share")],
         help: "Look at it even while another program writes it.")
     var forceShare = false
+    @Flag(help: "Follow nothing that the image names; its format must be given.")
+    var untrusted = false
     @Option(help: "An object that the image needs, as in secret,id=….") var object: [String] = []
 
     func source(_ name: String) throws(BlockError) -> ImageSource {
         var source = ImageSource(name, format: format, isOptions: imageOptions)
         source.sharesAll = forceShare
         source.objects = object
+        source.isUntrusted = untrusted
         return source
     }
 }

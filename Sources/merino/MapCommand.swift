@@ -45,7 +45,7 @@ struct MapCommand: ParsableCommand {
                         return
                     }
                     do throws(BlockError) {
-                        if let line = try entry.line() { lines += line }
+                        if failure == nil, let line = try entry.line() { lines += line }
                     } catch { failure = failure ?? error }
                 }
                 if isJSON { lines += (separator == "[" ? "[" : "") + "]\n" }

@@ -16,6 +16,7 @@ import ArgumentParser
             MapCommand.self,
             CheckCommand.self,
             AmendCommand.self,
+            InspectCommand.self,
             ConvertCommand.self,
             CompareCommand.self,
             MeasureCommand.self,

@@ -204,6 +204,8 @@ struct ServeOpening: ParsableArguments {
     var nocache = false
     @Option(help: "none, writeback, writethrough, directsync or unsafe.")
     var cache = "writeback"
+    @Flag(help: "Follow nothing that the image names; its format must be given.")
+    var untrusted = false
     @Option(help: "threads, native or io_uring.")
     var aio: String?
     @Option(help: "ignore or unmap.")
@@ -231,6 +233,7 @@ struct ServeOpening: ParsableArguments {
         source.discards = try ImageSource.discards(mode: discard)
         source.zeroDetection = detectZeroes
         source.asynchronousIO = aio
+        source.isUntrusted = untrusted
         source.warnOfProbing()
         return source
     }

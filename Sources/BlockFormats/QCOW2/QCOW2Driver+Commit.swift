@@ -151,6 +151,14 @@ extension QCOW2Driver {
         let l1 = changes.l1Sectors.map {
             (host: image.header.l1Offset + $0.number << 9, memory: $0.memory)
         }
+        for table in tables {
+            try await image.checkOverlap(
+                table.host, table.memory.count, ignoring: .activeL2, "an L2 table")
+        }
+        for sector in l1 {
+            try await image.checkOverlap(
+                sector.host, sector.memory.count, ignoring: .activeL1, "the L1 table")
+        }
         try await QCOW2TableCache.write(tables + l1, to: file)
     }
 

@@ -288,10 +288,4 @@ extension QCOW2Driver {
 
     /// The backing file's format as the image has it.
     public var backingFileFormat: String? { image.header.backingFormat }
-
-    /// Called once, with what was found, when the image turns out to be corrupt.
-    public var corruptionHook: ((String) -> Void)? {
-        get { image.corruptionHook }
-        set { image.corruptionHook = newValue }
-    }
 }

@@ -489,7 +489,7 @@ extension QCOW2Driver: InternalSnapshotStore {
 
     /// Where writes of data must not go.
     private func noteSnapshotClusters() async throws(BlockError) {
-        guard image.overlapCheck != .none, image.overlapCheck != .constant else { return }
+        guard !image.overlapCheck.isDisjoint(with: .snapshots) else { return }
         var tables = [snapshotTable.offset..<snapshotTable.end]
         var entriesLeft = QCOW2.Limit.snapshotL2CheckedMax
         for snapshot in snapshots {

@@ -4,24 +4,23 @@ import BlockGraph
 /// What all parts of an open image share: its file, header and L1 table, and whether it may be
 /// written. Confined to the graph's thread.
 final class QCOW2Image {
-    /// Which structures a write is checked against (`overlap-check`).
-    enum OverlapCheck: String, Sendable, CaseIterable { case none, constant, cached, all }
-
     unowned let node: BlockNode
     let file: Edge
     var header: QCOW2.Header
     let geometry: QCOW2.Geometry
     /// In host order.
     var l1: [UInt64] = []
-    var overlapCheck = OverlapCheck.cached
-    /// Clusters of L2 tables and refcount blocks, by cluster number.
-    private var tableClusters = Set<Int>()
+    var overlapCheck = QCOW2OverlapCheck.cached
+    /// Clusters of active L2 tables, by cluster number.
+    private(set) var tableClusters = Set<Int>()
+    /// Those of refcount blocks.
+    private(set) var refcountClusters = Set<Int>()
     /// Bytes of the snapshots' own tables: apart from each other, in order.
     private var snapshotTables: [Range<Int>] = []
     /// Set once the image is found corrupt: nothing is written any more.
     private(set) var writeFailure: BlockError?
-    /// Told once, with what was found.
-    var corruptionHook: ((String) -> Void)?
+    /// It is told once.
+    private var corruptionIsTold = false
     private var growing: QCOW2WaitQueue?
     private var headerWriting: QCOW2WaitQueue?
     /// From here on the file was grown by this driver: bytes that nobody wrote are zeroes.
@@ -100,28 +99,8 @@ final class QCOW2Image {
 
     func addTable(at offset: Int) { tableClusters.insert(offset >> geometry.clusterBits) }
     func removeTable(at offset: Int) { tableClusters.remove(offset >> geometry.clusterBits) }
-
-    /// The structure that a write of data at `[host, host + count)` would destroy.
-    @inline(__always)
-    func overlap(_ host: Int, _ count: Int) -> String? {
-        if overlapCheck == .none { return nil }
-        if host < geometry.clusterSize { return "header" }
-        let range = ByteRange(host, count)
-        if range.overlaps(ByteRange(header.l1Offset, l1.count << 3)) { return "L1 table" }
-        let bytes = header.refcountTableClusters << geometry.clusterBits
-        if range.overlaps(ByteRange(header.refcountTableOffset, bytes)) { return "refcount table" }
-        if let place = header.encryptionPlace, range.overlaps(place) { return "encryption header" }
-        if overlapCheck == .constant { return nil }
-        let last = (host + count - 1) >> geometry.clusterBits
-        var cluster = host >> geometry.clusterBits
-        while cluster <= last {
-            if tableClusters.contains(cluster) { return "table of the image" }
-            cluster += 1
-        }
-        if !snapshotTables.isEmpty, overlapsSnapshotTable(host..<(host + count)) {
-            return "table of a snapshot"
-        }
-        return nil
+    func addRefcountBlock(at offset: Int) {
+        refcountClusters.insert(offset >> geometry.clusterBits)
     }
 
     /// The structure of fixed place that a write of a table at `host` would destroy.
@@ -147,7 +126,8 @@ final class QCOW2Image {
         }
     }
 
-    private func overlapsSnapshotTable(_ range: Range<Int>) -> Bool {
+    /// Whether the range has a byte of a snapshot's own tables.
+    func overlapsSnapshotTable(_ range: Range<Int>) -> Bool {
         // The first that ends past the range's start.
         var (low, high) = (0, snapshotTables.count)
         while low < high {
@@ -161,26 +141,22 @@ final class QCOW2Image {
         return low < snapshotTables.count && snapshotTables[low].lowerBound < range.upperBound
     }
 
-    /// Refuses to write data over the image's own structures, and marks the image corrupt.
-    @inline(__always)
-    func checkOverlap(_ host: Int, _ count: Int) async throws(BlockError) {
-        if let name = overlap(host, count) {
-            throw await corruption(
-                "a write of data at \(host) in the file would overwrite the \(name)")
-        }
-    }
-
     /// Marks the image corrupt on disk and refuses writes from now on.
     ///
+    /// - Parameter place: where in the file it was found, if at one place.
     /// - Returns: the error to throw.
-    func corruption(_ message: String) async -> BlockError {
+    func corruption(_ message: String, at place: ByteRange? = nil) async -> BlockError {
         let error = BlockError(
             .corrupt, message, remedy: "check and repair the image", node: node.name)
+        if !corruptionIsTold {
+            corruptionIsTold = true
+            node.graph.corruptionObserver?(
+                node, ImageCorruption(message: message, place: place, isFatal: !node.isReadOnly))
+        }
         guard !node.isReadOnly, writeFailure == nil else { return error }
         writeFailure = BlockError(
             .corrupt, "the image was found corrupt and is read-only now: \(message)",
             remedy: "check and repair the image", node: node.name)
-        corruptionHook?(message)
         guard header.version == 3 else { return error }
         header.incompatible.insert(.corrupt)
         // The image is refused from here on whether this works or not.

@@ -15,7 +15,7 @@ struct QCOW2Options {
     var cacheCleanInterval: Int
     /// `nil`: as the image says.
     var lazyRefcounts: Bool?
-    var overlapCheck: QCOW2Image.OverlapCheck
+    var overlapCheck: QCOW2OverlapCheck
     var passDiscardRequest: Bool
     var passDiscardSnapshot: Bool
     var passDiscardOther: Bool
@@ -70,7 +70,7 @@ struct QCOW2Options {
         if lazyRefcounts == true, header.version < 3 {
             throw BlockError(.invalidArgument, "lazy refcounts need version 3 of qcow2")
         }
-        overlapCheck = try Self.overlapCheck(options)
+        overlapCheck = try QCOW2OverlapCheck.read(options)
         passDiscardRequest = try options.bool("pass-discard-request") ?? discards
         passDiscardSnapshot = try options.bool("pass-discard-snapshot") ?? true
         passDiscardOther = try options.bool("pass-discard-other") ?? false
@@ -78,28 +78,5 @@ struct QCOW2Options {
         if discardNoUnref, header.version < 3 {
             throw BlockError(.invalidArgument, "'discard-no-unref' needs version 3 of qcow2")
         }
-    }
-
-    /// A template by name, or an object with a template and single structures.
-    private static func overlapCheck(
-        _ options: OptionReader
-    ) throws(BlockError) -> QCOW2Image.OverlapCheck {
-        if case .object? = try options.value("overlap-check") {
-            guard let object = try options.object("overlap-check") else { return .cached }
-            let template =
-                try object.enumeration("template", as: QCOW2Image.OverlapCheck.self) ?? .cached
-            // Single structures: the templates here check them all, or those that cost nothing.
-            let names = [
-                "main-header", "active-l1", "active-l2", "refcount-table", "refcount-block",
-                "snapshot-table", "inactive-l1", "inactive-l2", "bitmap-directory",
-            ]
-            var chosen = template
-            for name in names where try object.bool(name) == true && chosen == .none {
-                chosen = .cached
-            }
-            try object.finish()
-            return chosen
-        }
-        return try options.enumeration("overlap-check", as: QCOW2Image.OverlapCheck.self) ?? .cached
     }
 }

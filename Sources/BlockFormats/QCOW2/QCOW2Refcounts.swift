@@ -55,7 +55,7 @@ final class QCOW2Refcounts {
         let sliceBytes = min(geometry.clusterSize, 4096)
         cache = QCOW2TableCache(file: image.file, sliceBytes: sliceBytes, bytesMax: cacheBytes)
         sliceBits = sliceBytes.trailingZeroBitCount + 3 - geometry.refcountOrder
-        for entry in table where entry != 0 { image.addTable(at: Int(entry)) }
+        for entry in table where entry != 0 { image.addRefcountBlock(at: Int(entry)) }
     }
 
     var isDirty: Bool { !cache.dirty.isEmpty || !dirtyTableEntries.isEmpty }
@@ -318,7 +318,7 @@ final class QCOW2Refcounts {
             try await writeNewBlocks(area, blocks: 1, used: 1)
             table[index] = UInt64(area << geometry.clusterBits)
             dirtyTableEntries.insert(index)
-            image.addTable(at: area << geometry.clusterBits)
+            image.addRefcountBlock(at: area << geometry.clusterBits)
         } else {
             try await growTable(index, area)
         }
@@ -377,7 +377,9 @@ final class QCOW2Refcounts {
         }
         table = larger
         dirtyTableEntries = []
-        for block in 0..<blocks { image.addTable(at: (area + block) << geometry.clusterBits) }
+        for block in 0..<blocks {
+            image.addRefcountBlock(at: (area + block) << geometry.clusterBits)
+        }
         try await release(old.0 >> geometry.clusterBits, old.1)
     }
 
@@ -407,6 +409,10 @@ final class QCOW2Refcounts {
         for slice in slices { slice.isWriting = true }
         defer { for slice in slices { slice.isWriting = false } }
         do throws(BlockError) {
+            for slice in slices {
+                try await image.checkOverlap(
+                    slice.host, cache.sliceBytes, ignoring: .refcountBlock, "refcounts")
+            }
             try await QCOW2TableCache.write(slices.map { ($0.host, $0.memory) }, to: image.file)
             if !entries.isEmpty { try await writeTable(entries) }
         } catch {
@@ -422,7 +428,10 @@ final class QCOW2Refcounts {
         for sector in Set(entries.map { $0 >> 6 }) {
             let range = sector << 6..<min((sector + 1) << 6, table.count)
             let vector = try QCOW2Image.vector(Self.bigEndian(table[range]))
-            try await image.file.write(image.header.refcountTableOffset + sector << 9, from: vector)
+            let host = image.header.refcountTableOffset + sector << 9
+            try await image.checkOverlap(
+                host, vector.count, ignoring: .refcountTable, "the refcount table")
+            try await image.file.write(host, from: vector)
         }
     }
 

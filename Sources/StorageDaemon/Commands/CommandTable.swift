@@ -189,6 +189,10 @@ extension StorageDaemon {
     private static let events = [
         EventSchema("BLOCK_EXPORT_DELETED", .required("id", .string)),
         EventSchema(
+            "BLOCK_IMAGE_CORRUPTED", .required("device", .string), .optional("node-name", .string),
+            .required("msg", .string), .optional("offset", .integer), .optional("size", .integer),
+            .required("fatal", .boolean)),
+        EventSchema(
             "JOB_STATUS_CHANGE", .required("id", .string),
             .required("status", .named("JobStatus"))),
     ]

@@ -212,6 +212,7 @@ extension StorageDaemon {
                     .required("driver", .named("BlockdevDriver")),
                     .optional("node-name", .string), .optional("read-only", .boolean),
                     .optional("auto-read-only", .boolean), .optional("force-share", .boolean),
+                    .optional("untrusted", .boolean),
                     .optional("discard", .named("BlockdevDiscardOptions")),
                     .optional("detect-zeroes", .named("BlockdevDetectZeroesOptions")),
                     .optional("cache", .named("BlockdevCacheOptions")),

@@ -37,6 +37,28 @@ final class QCOW2CheckNode: BlockDriver, @unchecked Sendable {
 
     var filename: String { file.node.driver.filename }
 
+    var information: NodeInformation {
+        get async throws(BlockError) {
+            let header = try await QCOW2Check.readHeader(file)
+            var result = NodeInformation()
+            result.clusterSize = header.geometry.clusterSize
+            result.isDirty = header.incompatible.contains(.dirty)
+            result.isCorrupt = header.incompatible.contains(.corrupt)
+            if !header.backingName.isEmpty {
+                result.backingName = String(decoding: header.backingName, as: UTF8.self)
+                result.backingFormat = header.backingFormat
+            }
+            let dataFile = header.extensions.first {
+                $0.type == QCOW2.HeaderExtension.externalDataName
+            }
+            if let dataFile, header.incompatible.contains(.externalData) {
+                let name = String(decoding: dataFile.data, as: UTF8.self)
+                result.formatSpecific = ["type": "qcow2", "data": ["data-file": .string(name)]]
+            }
+            return result
+        }
+    }
+
     // MARK: No data
 
     private var hasNoData: BlockError {
