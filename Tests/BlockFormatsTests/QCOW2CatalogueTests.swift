@@ -29,10 +29,10 @@ import Testing
             name: "CVE-2014-0144", what: "clusters of 2^32 bytes", offset: 20, bytes: [0, 0, 0, 32]),
         Hole(
             name: "CVE-2014-0144", what: "a backing name that ends past its cluster", offset: 8,
-            bytes: [0, 0, 0, 0, 0, 0, 0xff, 0xff] + [0, 0, 3, 0xff]),
+            bytes: [0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 3, 0xff]),
         Hole(
             name: "CVE-2014-0144", what: "a backing name of 4 GiB", offset: 8,
-            bytes: [0, 0, 0, 0, 0, 0, 1, 0] + max32),
+            bytes: [0, 0, 0, 0, 0, 0, 1, 0, 0xff, 0xff, 0xff, 0xff]),
         Hole(name: "CVE-2014-0144", what: "2³² − 1 snapshots", offset: 60, bytes: max32),
         Hole(
             name: "CVE-2014-0144", what: "refcounts of 2^32 bits", offset: 96, bytes: [0, 0, 0, 32]),
@@ -70,10 +70,12 @@ import Testing
         try folder.run(["qemu-img", "snapshot", "-c", "one", "a.qcow2"])
         let good = QCOW2Bytes(bytes: try folder.bytes("a.qcow2"))
         let table = Int(good.number(64))
-        for (offset, value) in [
-            (table + 8, UInt64(0xffff_ffff) << 32), (table, 1 << 63), (table + 36, .max),
-            (table + 12, .max), (64, 1 << 40),
-        ] {
+        let faults: [(offset: Int, value: UInt64)] = [
+            (table + 8, 0xffff_ffff_0000_0000), (table, 0x8000_0000_0000_0000),
+            (table + 36, 0xffff_ffff_ffff_ffff), (table + 12, 0xffff_ffff_ffff_ffff),
+            (64, 0x100_0000_0000),
+        ]
+        for (offset, value) in faults {
             var bytes = good
             bytes.set(offset, value)
             try folder.write(bytes.bytes, "a.qcow2")
