@@ -95,6 +95,9 @@ final class QCOW2CheckNode: BlockDriver, @unchecked Sendable {
 }
 
 extension QCOW2Check {
+    /// 1 is AES, 2 is LUKS.
+    private static let encryptionMethodMax: UInt32 = 2
+
     /// Repairs an image that was not closed cleanly, before it is written again.
     ///
     /// - Throws: when a part of it cannot be read: then nothing was changed.
@@ -120,9 +123,14 @@ extension QCOW2Check {
             start = try IOVector(allocating: count)
             try await file.read(0, into: start)
         }
-        return try QCOW2.Header(
+        let header = try QCOW2.Header(
             parsing: UnsafeRawBufferPointer(rebasing: bytes(of: start)[..<count]),
             fileSize: file.size, forCheck: true)
+        guard header.encryptionMethod <= encryptionMethodMax else {
+            throw BlockError(
+                .unsupported, "encryption method \(header.encryptionMethod) is not known")
+        }
+        return header
     }
 
     private static func bytes(of vector: IOVector) -> UnsafeMutableRawBufferPointer {
