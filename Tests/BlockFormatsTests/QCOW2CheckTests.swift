@@ -100,6 +100,23 @@ struct QCOW2Bytes {
         #expect(report.imageEndOffset == 1_441_792)
     }
 
+    @Test func anImageInUseCanBeCheckedAndNotRepaired() async throws {
+        let folder = try image()
+        let report = try await folder.open("a.qcow2") { edge throws(BlockError) in
+            let vector = try IOVector(allocating: 200_000)
+            vector.fill(5)
+            try await edge.write(5 << 20, from: vector)
+            try await edge.discard(ByteRange(0, 1 << 19))
+            let report = try await edge.check()
+            do throws(BlockError) {
+                _ = try await edge.check(.all)
+                Issue.record("repaired")
+            } catch { #expect(error.code == .busy) }
+            return report
+        }
+        #expect(report.isClean && report.allocatedClusters > 8)
+    }
+
     @Test func aLeakIsCountedAndGivenBack() async throws {
         let folder = try image { $0.setCount(5, 3) }
         let found = try await folder.mendOrCheck("a.qcow2")
