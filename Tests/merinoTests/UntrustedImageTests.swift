@@ -133,7 +133,7 @@ import Testing
         try file.close()
         let result = try place.run(
             "/usr/bin/timeout",
-            ["20", "/bin/sh", "-c", "ulimit -d 262144; exec \"$0\" info a.qcow2", Workplace.merino])
+            ["20", "/bin/sh", "-c", "ulimit -d 524288; exec \"$0\" info a.qcow2", Workplace.merino])
         #expect(result.status == 0 || result.status == 1, "\(result.status)")
     }
 }

@@ -59,9 +59,9 @@ struct QCOW2OverlapCheck: OptionSet, Sendable {
         var chosen = try object.enumeration("template", as: Template.self)?.check ?? .cached
         for (name, check) in each {
             switch try object.bool(name) {
-            case true: chosen.insert(check)
-            case false: chosen.remove(check)
-            default: break
+            case true?: chosen.insert(check)
+            case false?: chosen.remove(check)
+            case nil: break
             }
         }
         try object.finish()
