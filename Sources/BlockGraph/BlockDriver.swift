@@ -156,6 +156,11 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// The node behind `edge` has another size now.
     func childResized(_ edge: Edge)
 
+    /// From now on no request is to be held back, and those that are go on: somebody waits until none
+    /// is in flight. Nests; each is followed by its ``drainEnds()``.
+    func drainBegins()
+    func drainEnds()
+
     /// Finishes internal work that is under way; no requests of users are.
     func settle() async
 
@@ -194,6 +199,8 @@ extension BlockDriver {
     public func abortAccess() {}
     public func checkReplacement(of edge: Edge) throws(BlockError) {}
     public func childResized(_ edge: Edge) {}
+    public func drainBegins() {}
+    public func drainEnds() {}
     public func settle() async {}
     public func amend(_ amendment: ImageAmendment) async throws(BlockError) {
         throw BlockError(.unsupported, "images of this driver cannot be amended")
@@ -242,6 +249,14 @@ extension FilterDriver {
     }
 
     public var filename: String { child.node.driver.filename }
+
+    public var information: NodeInformation {
+        get async throws(BlockError) {
+            var information = NodeInformation()
+            information.clusterSize = try await child.node.driver.information.clusterSize
+            return information
+        }
+    }
 }
 
 /// Gives access to a point in time of a node: what snapshot-access reads.

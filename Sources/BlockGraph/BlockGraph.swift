@@ -167,7 +167,13 @@ public final class BlockGraph: @unchecked Sendable {
 
     /// Ends a use, once its requests are done, and closes what nobody holds any more.
     public func detach(_ edge: Edge) async throws(BlockError) {
-        await edge.untilIdle()
+        if edge.inFlight > 0 {
+            // Nothing that holds requests back keeps a user that leaves.
+            let drivers = edge.node.nodesBelow.filter(\.isOpen).map(\.driver)
+            for driver in drivers { driver.drainBegins() }
+            await edge.untilIdle()
+            for driver in drivers { driver.drainEnds() }
+        }
         let transaction = GraphTransaction(self)
         transaction.detach(edge)
         // Giving up a use conflicts with nothing.
@@ -244,6 +250,7 @@ public final class BlockGraph: @unchecked Sendable {
         let section = DrainSection(nodes)
         drains.append(section)
         for edge in section.roots { edge.closeGate() }
+        section.begin()
         for edge in section.roots { await edge.untilIdle() }
         for node in section.around where node.isOpen { await node.driver.settle() }
         return section
@@ -251,6 +258,7 @@ public final class BlockGraph: @unchecked Sendable {
 
     public func endDrain(_ section: DrainSection) {
         drains.removeAll { $0 === section }
+        section.end()
         for edge in section.roots { edge.openGate() }
     }
 
@@ -269,6 +277,8 @@ public final class DrainSection {
     var roots: [Edge]
     /// The nodes, those above and those below, parents first: what may have work under way.
     let around: [BlockNode]
+    /// The drivers that were told that the drain begins.
+    private var told: [any BlockDriver] = []
 
     init(_ nodes: [BlockNode]) {
         self.nodes = nodes
@@ -278,8 +288,18 @@ public final class DrainSection {
             .sorted { $0.depth < $1.depth }
     }
 
+    fileprivate func begin() {
+        told = around.filter(\.isOpen).map(\.driver)
+        for driver in told { driver.drainBegins() }
+    }
+
+    fileprivate func end() {
+        for driver in told { driver.drainEnds() }
+        told = []
+    }
+
     /// The nodes and all that `next` leads to from them.
-    private static func closure(
+    fileprivate static func closure(
         of nodes: [BlockNode], _ next: (BlockNode) -> [BlockNode]
     ) -> [BlockNode] {
         var result: [BlockNode] = []
@@ -295,6 +315,11 @@ public final class DrainSection {
 }
 
 extension BlockNode {
+    /// The node and all below it.
+    var nodesBelow: [BlockNode] {
+        DrainSection.closure(of: [self]) { $0.children.map(\.node) }
+    }
+
     /// Keeps the node alive for `reason`, as queries show it.
     public func hold(_ reason: String) {
         temporaryHolds[reason, default: 0] += 1

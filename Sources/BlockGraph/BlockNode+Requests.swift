@@ -207,9 +207,21 @@ extension BlockNode {
         let around = try aligned(range)
         // Read-modify-write; the request is serialising, so nothing changes in between.
         let bounce = try IOVector(allocating: around.count)
-        if !isAligned { try await driver.read(around.offset, into: bounce, []) }
+        if !isAligned {
+            await reachedRMW(range, around, .pwritevRMWHead, .pwritevRMWTail)
+            try await driver.read(around.offset, into: bounce, [])
+            await reachedRMW(range, around, .pwritevRMWAfterHead, .pwritevRMWAfterTail)
+        }
         bounce.slice(range.offset - around.offset, range.count).copy(from: vector)
         try await driver.write(around.offset, from: bounce, flags)
+    }
+
+    private func reachedRMW(
+        _ range: ByteRange, _ around: ByteRange, _ head: DebugEvent, _ tail: DebugEvent
+    ) async {
+        guard let eventWatcher else { return }
+        if around.offset < range.offset { await eventWatcher.reached(head) }
+        if around.end > range.end { await eventWatcher.reached(tail) }
     }
 
     // MARK: Zeroes

@@ -56,6 +56,8 @@ public final class BlockNode: @unchecked Sendable {
     var flushFailure: BlockError?
     /// Bytes past this were never written through this node.
     public internal(set) var highestWrittenOffset = 0
+    /// A blkdebug's own: told of events in its parent's work.
+    public var eventWatcher: (any DebugEventWatcher)?
     /// Its dirty bitmaps, in the order they came.
     public internal(set) var dirtyBitmaps: [DirtyBitmap] = []
     /// Its image has dirty bitmaps that have to be marked before anything changes: see

@@ -52,6 +52,19 @@ private let graphs: [String: JSONValue] = [
         "backing": ["driver": "file", "filename": "/disk"]
     ]),
     "qcow2, with a snapshot": qcow2(),
+    "throttle": [
+        "driver": "throttle", "discard": "unmap", "throttle-group": "group",
+        "file": ["driver": "file", "filename": "/disk"],
+    ],
+    "copy-on-read": [
+        "driver": "copy-on-read", "discard": "unmap",
+        "file": qcow2(["backing": ["driver": "file", "filename": "/disk"]]),
+    ],
+    "compress": ["driver": "compress", "discard": "unmap", "file": qcow2()],
+    "preallocate": [
+        "driver": "preallocate", "discard": "unmap",
+        "file": ["driver": "file", "filename": "/disk"],
+    ],
 ]
 
 private func qcow2(_ more: JSONValue = [:]) -> JSONValue {
@@ -74,7 +87,8 @@ private let creations: [String: JSONValue] = [
     "qcow2, preallocated, detect-zeroes": ["preallocation": "metadata"],
     "qcow2, subclusters": ["extended-l2": true],
     "qcow2, subclusters over a raw image": ["extended-l2": true, "cluster-size": 16384],
-    "qcow2, with a snapshot": ["cluster-size": 16384],
+    "qcow2, with a snapshot": ["cluster-size": 16384], "copy-on-read": ["cluster-size": 4096],
+    "compress": ["cluster-size": 4096],
 ]
 
 private func create(_ thread: IOThread, _ given: JSONValue) async throws(BlockError) {
@@ -130,6 +144,7 @@ private func check(
     _ thread: IOThread, _ options: JSONValue, _ seed: UInt64, hasSnapshot: Bool = false
 ) async throws(BlockError) -> [String] {
     let graph = BlockGraph(on: thread, registry: registry)
+    try addGroup(to: graph)
     let node = try await graph.open(options)
     let edge = try graph.attach(
         NamedUser("test"), to: node,
@@ -144,4 +159,12 @@ private func check(
     let violations = await DriverConformance.check(edge, seed: seed)
     try await graph.detach(edge)
     return violations + (graph.nodes.isEmpty ? [] : ["nodes stay open"])
+}
+
+/// Slow enough that requests wait for each other.
+private func addGroup(to graph: BlockGraph) throws(BlockError) {
+    var limits = ThrottleLimits()
+    limits[.bytesTotal].average = 1 << 20
+    let group = try ThrottleGroup("group", limits, on: graph.thread)
+    try graph.addObject(group, as: group.identifier)
 }

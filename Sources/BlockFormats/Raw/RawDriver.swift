@@ -65,6 +65,7 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
     public func read(
         _ offset: Int, into vector: IOVector, _ flags: ReadFlags
     ) async throws(BlockError) {
+        await file.reached(.readAIO)
         try await file.read(self.offset + offset, into: vector, flags)
     }
 
@@ -82,6 +83,7 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
     public func write(
         _ offset: Int, from vector: IOVector, _ flags: WriteFlags
     ) async throws(BlockError) {
+        await file.reached(.writeAIO)
         if let header, offset < HeaderGuard.byteCount {
             try await header.write(offset, from: vector, flags, to: file, at: self.offset)
             return

@@ -71,5 +71,5 @@ public final class NullDriver: BlockDriver, @unchecked Sendable {
         throw BlockError(.unsupported, "a null disk cannot be resized")
     }
 
-    public var filename: String { "null-co://" }
+    public var filename: String { "\(node.description.name)://" }
 }

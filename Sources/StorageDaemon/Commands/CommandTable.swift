@@ -55,6 +55,14 @@ extension StorageDaemon {
             CommandSchema("object-add", argumentsOf: "ObjectOptions"), StorageDaemon.objectAdd),
         DaemonCommand(
             CommandSchema("object-del", .required("id", .string)), StorageDaemon.objectDel),
+        DaemonCommand(
+            CommandSchema(
+                "qom-get", .required("path", .string), .required("property", .string),
+                result: .any), StorageDaemon.qomGet),
+        DaemonCommand(
+            CommandSchema(
+                "qom-set", .required("path", .string), .required("property", .string),
+                .required("value", .any)), StorageDaemon.qomSet),
     ]
 
     private static let graphCommands = [

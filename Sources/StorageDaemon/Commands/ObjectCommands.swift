@@ -1,4 +1,5 @@
 import BlockCore
+import BlockFilters
 import BlockGraph
 import BlockTLS
 import QMP
@@ -11,6 +12,7 @@ enum DaemonObject {
         case keys = "tls-creds-psk"
         case authorization = "authz-simple"
         case thread = "iothread"
+        case throttleGroup = "throttle-group"
     }
 
     case secret([UInt8])
@@ -19,6 +21,8 @@ enum DaemonObject {
     case authorization(identity: String)
     /// All nodes run on the daemon's own thread: the object is there to be named.
     case thread
+    /// Nodes find it in the graph's objects.
+    case throttleGroup(ThrottleGroup)
 }
 
 extension StorageDaemon {
@@ -40,7 +44,7 @@ extension StorageDaemon {
         return [:]
     }
 
-    /// `object-del`. Who uses it already goes on doing so.
+    /// `object-del`. Who uses it already goes on doing so; but a throttle group goes after its nodes.
     func objectDel(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "object-del")
         let identifier = try reader.required("id")
@@ -75,6 +79,11 @@ extension StorageDaemon {
             ] { _ = try reader.int(key) }
             try reader.finish()
             return .thread
+        case .throttleGroup:
+            let limits = try ThrottleGroup.properties(reader)
+            let group = try ThrottleGroup(try reader.required("id"), limits, on: thread)
+            try graph.addObject(group, as: group.identifier)
+            return .throttleGroup(group)
         }
     }
 

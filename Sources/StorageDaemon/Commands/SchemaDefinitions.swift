@@ -1,3 +1,5 @@
+import BlockFilters
+import BlockGraph
 import QMP
 
 // The types that commands and events refer to, by the names of QEMU's interface. Node options are
@@ -145,7 +147,17 @@ extension StorageDaemon {
                 .optional("poll-shrink", .integer), .optional("aio-max-batch", .integer),
                 .optional("thread-pool-min", .integer), .optional("thread-pool-max", .integer),
             ])),
+        "ObjectOptions-throttle-group": .object(
+            ObjectSchema(
+                [.optional("limits", .named("ThrottleLimits"))] + throttleLimits(prefix: "x-"))),
+        "ThrottleLimits": .object(ObjectSchema(throttleLimits(prefix: ""))),
     ]
+
+    private static func throttleLimits(prefix: String) -> [SchemaMember] {
+        ThrottleLimits.Kind.allCases.flatMap { kind in
+            ["", "-max", "-max-length"].map { .optional(prefix + kind.name + $0, .integer) }
+        } + [.optional("\(prefix)iops-size", .integer)]
+    }
 
     private static let exportDefinitions: [String: SchemaDefinition] = [
         "BlockExportRemoveMode": .enumeration(["safe", "hard"]),
@@ -234,6 +246,23 @@ extension StorageDaemon {
             ])),
         "OnOffAuto": .enumeration(["auto", "on", "off"]),
         "OnCbwError": .enumeration(["break-guest-write", "break-snapshot"]),
+        "BlkdebugEvent": .enumeration(DebugEvent.allCases.map(\.rawValue)),
+        "BlkdebugIOType": .enumeration([
+            "read", "write", "write-zeroes", "discard", "flush", "block-status",
+        ]),
+        "BlkdebugInjectErrorOptions": .object(
+            ObjectSchema([
+                .required("event", .named("BlkdebugEvent")), .optional("state", .integer),
+                .optional("iotype", .named("BlkdebugIOType")), .optional("errno", .integer),
+                .optional("sector", .integer), .optional("once", .boolean),
+                .optional("immediately", .boolean),
+            ])),
+        "BlkdebugSetStateOptions": .object(
+            ObjectSchema([
+                .required("event", .named("BlkdebugEvent")), .optional("state", .integer),
+                .required("new_state", .integer),
+            ])),
+        "BlockPermission": .enumeration(Permission.each.map(\.name)),
         "PreallocMode": .enumeration(["off", "metadata", "falloc", "full"]),
         "BlockdevReplace": .object(
             ObjectSchema(
@@ -311,6 +340,45 @@ extension StorageDaemon {
                 .optional("snapshot-name", .string),
             ]
         ),
+        (
+            "throttle",
+            [.required("file", .named("BlockdevRef")), .required("throttle-group", .string)]
+        ),
+        (
+            "copy-on-read",
+            [.required("file", .named("BlockdevRef")), .optional("bottom", .string)]
+        ),
+        ("compress", [.required("file", .named("BlockdevRef"))]), ("blkdebug", debugOptions),
+        (
+            "blkverify",
+            [.required("test", .named("BlockdevRef")), .required("raw", .named("BlockdevRef"))]
+        ),
+        (
+            "blklogwrites",
+            [
+                .required("file", .named("BlockdevRef")), .required("log", .named("BlockdevRef")),
+                .optional("log-sector-size", .integer), .optional("log-append", .boolean),
+                .optional("log-super-update-interval", .integer),
+            ]
+        ),
+        (
+            "preallocate",
+            [
+                .required("file", .named("BlockdevRef")), .optional("prealloc-align", .integer),
+                .optional("prealloc-size", .integer),
+            ]
+        ),
+    ]
+
+    private static let debugOptions: [SchemaMember] = [
+        .required("image", .named("BlockdevRef")), .optional("config", .string),
+        .optional("align", .integer), .optional("max-transfer", .integer),
+        .optional("opt-write-zero", .integer), .optional("max-write-zero", .integer),
+        .optional("opt-discard", .integer), .optional("max-discard", .integer),
+        .optional("inject-error", .array(.named("BlkdebugInjectErrorOptions"))),
+        .optional("set-state", .array(.named("BlkdebugSetStateOptions"))),
+        .optional("take-child-perms", .array(.named("BlockPermission"))),
+        .optional("unshare-child-perms", .array(.named("BlockPermission"))),
     ]
 
     private static let nullOptions: [SchemaMember] = [
