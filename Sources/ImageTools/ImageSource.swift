@@ -141,7 +141,7 @@ extension ToolSession {
             return try await completed(JSONParser.parse(String(source.name.dropFirst(5))), source)
         }
         var file = try await fileOptions(source.name)
-        if let aio = source.asynchronousIO { file["aio"] = .string(aio) }
+        if let aio = source.asynchronousIO, file["filename"] != nil { file["aio"] = .string(aio) }
         var options = try await formatted(source.format, file)
         if source.format == nil { guardProbed(&options, source) }
         return options
@@ -194,12 +194,46 @@ extension ToolSession {
     }
 
     private func fileOptions(_ name: String) async throws(BlockError) -> JSONObject {
+        if let options = try await testOptions(name) { return options }
         let path = name.hasPrefix("file:") ? String(name.dropFirst(5)) : name
         var file: JSONObject = ["driver": "file", "filename": .string(path)]
         if let isDevice = try? await isBlockDevice(path), isDevice {
             file["driver"] = "host_device"
         }
         return file
+    }
+
+    /// Names of nodes for tests: `blkdebug:CONFIG:IMAGE`, `blkverify:RAW:IMAGE`, `null-co://`.
+    private func testOptions(_ name: String) async throws(BlockError) -> JSONObject? {
+        switch name.prefix(while: { $0 != ":" }) {
+        case "blkdebug":
+            let (config, image) = try halves(name, "blkdebug:CONFIG:IMAGE")
+            var options: JSONObject = ["driver": "blkdebug"]
+            if !config.isEmpty { options["config"] = .string(config) }
+            options["image"] = .object(try await fileOptions(image))
+            return options
+        case "blkverify":
+            let (raw, image) = try halves(name, "blkverify:RAW:IMAGE")
+            return [
+                "driver": "blkverify", "raw": .object(try await fileOptions(raw)),
+                "test": .object(try await formatted(nil, fileOptions(image))),
+            ]
+        case "null-co" where name == "null-co://": return ["driver": "null-co"]
+        case "null-aio" where name == "null-aio://": return ["driver": "null-aio"]
+        default: return nil
+        }
+    }
+
+    /// What stands between the first two colons, and behind the second.
+    private func halves(
+        _ name: String, _ form: String
+    ) throws(BlockError) -> (String, String) {
+        let parts = name.split(separator: ":", maxSplits: 2, omittingEmptySubsequences: false)
+        guard parts.count == 3, !parts[2].isEmpty else {
+            throw BlockError(
+                .invalidArgument, "'\(name)' names no image", remedy: "write \(form)")
+        }
+        return (String(parts[1]), String(parts[2]))
     }
 
     private func formatted(

@@ -11,6 +11,7 @@ extension Exerciser {
             synopsis: "[-abCpqv] [-P pattern [-s off] [-l len]] off len",
             summary: "reads bytes at an offset",
             details: """
+                 -b  read saved state of a machine, not the disk
                  -C  report in one line of numbers
                  -P  check that the bytes are this one; -s and -l check a part only
                  -q  no report
@@ -42,6 +43,8 @@ extension Exerciser {
             synopsis: "[-bcCfnpquz] [-P pattern | -s source_file] off len",
             summary: "writes bytes at an offset",
             details: """
+                 -b  write saved state of a machine, not the disk
+                 -c  write compressed data: whole clusters
                  -C  report in one line of numbers
                  -f  on stable storage before it completes
                  -P  fill with this byte; 0xcd when not given
@@ -103,14 +106,14 @@ extension Exerciser {
         let forPrograms: Bool
         let isShown: Bool
         let isInvalid: Bool
+        /// Of saved state of a machine, not of the disk.
+        let isMachineState: Bool
 
         init(
             _ words: [String], known: String, _ name: String, vectored: Bool
         ) async throws(BlockError) {
             let arguments = try ExerciserArguments(words, known: known, command: name)
-            if arguments.has("b") {
-                throw BlockError(.unsupported, "there is no VM state to read")
-            }
+            isMachineState = arguments.has("b")
             pattern = try arguments.pattern()
             if pattern == nil, arguments.value("s") != nil || arguments.value("l") != nil {
                 throw BlockError(.invalidArgument, "-s and -l are of use with -P only")
@@ -146,6 +149,7 @@ extension Exerciser {
         let thread = session.thread
         let start = thread.now
         do throws(BlockError) {
+            if request.isMachineState { throw try noMachineState() }
             try await image().read(request.offset, into: request.vector)
         } catch {
             report(name, failed: error)
@@ -182,6 +186,8 @@ extension Exerciser {
         let isQuiet: Bool
         let forPrograms: Bool
         let isInvalid: Bool
+        /// Of saved state of a machine, not of the disk.
+        let isMachineState: Bool
 
         init(
             _ words: [String], known: String, _ name: String, vectored: Bool,
@@ -199,6 +205,7 @@ extension Exerciser {
             if arguments.has("u") { flags.insert(.mayUnmap) }
             if arguments.has("n") { flags.insert(.noFallback) }
             if arguments.has("c") { flags.insert(.compressed) }
+            isMachineState = arguments.has("b")
             self.flags = flags
             isQuiet = arguments.has("q")
             forPrograms = arguments.has("C")
@@ -223,11 +230,11 @@ extension Exerciser {
             if fillings.filter({ $0 }).count > 1 {
                 throw BlockError(.invalidArgument, "-z, -P and -s exclude each other")
             }
-            if arguments.has("b") {
-                throw BlockError(.unsupported, "there is no VM state to write")
+            if arguments.has("b"), isZero {
+                throw BlockError(.invalidArgument, "-b and -z exclude each other")
             }
-            if arguments.has("c"), isZero {
-                throw BlockError(.invalidArgument, "-c and -z exclude each other")
+            if arguments.has("f"), arguments.has("b") || arguments.has("c") {
+                throw BlockError(.invalidArgument, "-f excludes -b and -c")
             }
         }
     }
@@ -245,6 +252,7 @@ extension Exerciser {
         let start = thread.now
         do throws(BlockError) {
             let edge = try image()
+            if request.isMachineState { throw try noMachineState() }
             if let vector = request.vector {
                 try await edge.write(request.offset, from: vector, request.flags)
             } else {
@@ -261,6 +269,12 @@ extension Exerciser {
             ExerciserReport.operation(
                 "wrote", offset: request.offset, count: request.count, nanoseconds: elapsed,
                 forPrograms: request.forPrograms))
+    }
+
+    private func noMachineState() throws(BlockError) -> BlockError {
+        BlockError(
+            .unsupported,
+            "driver '\(try image().node.description.name)' keeps no saved state of a machine")
     }
 
     /// Fills `memory` with the bytes of a file, from its beginning again where it ends.

@@ -47,14 +47,14 @@ public final class Exerciser: @unchecked Sendable {
         source = standard
     }
 
-    /// The names of commands that drivers not there yet are needed for.
-    private static let refused: Set<String> = [
-        "break", "remove_break", "resume", "wait_break", "sigraise", "abort", "zone_report",
-        "zone_open", "zone_close", "zone_finish", "zone_reset", "zone_append", "zrp", "zo", "zc",
-        "zf", "zrs", "zap",
+    /// Of zoned devices, which newer exercisers know.
+    private static let zoneCommands: Set<String> = [
+        "zone_report", "zone_open", "zone_close", "zone_finish", "zone_reset", "zone_append", "zrp",
+        "zo", "zc", "zf", "zrs", "zap",
     ]
 
-    static let commands: [Command] = (imageCommands + dataCommands + [help, quit, sleep])
+    static let commands: [Command] =
+        (imageCommands + dataCommands + debugCommands + [help, quit, sleep])
         .sorted { $0.name < $1.name }
 
     // MARK: Running
@@ -77,8 +77,10 @@ public final class Exerciser: @unchecked Sendable {
 
     private func run(_ name: String, _ words: [String]) async throws(BlockError) {
         guard let command = Self.command(named: name) else {
-            if Self.refused.contains(name) {
-                throw BlockError(.unsupported, "command '\(name)' is not supported")
+            if Self.zoneCommands.contains(name) {
+                throw BlockError(
+                    .unsupported,
+                    "command '\(name)' is not supported: there is no access to zoned devices")
             }
             throw BlockError(.notFound, "there is no command '\(name)'", remedy: "try 'help'")
         }
@@ -142,6 +144,9 @@ public final class Exerciser: @unchecked Sendable {
             for continuation in woken { continuation.resume() }
         }
     }
+
+    /// Whether one is on its way.
+    var isBusy: Bool { asynchronousCount > 0 }
 
     /// Waits for all of them.
     func settle() async {
