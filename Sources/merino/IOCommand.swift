@@ -88,12 +88,30 @@ struct IOCommand: ParsableCommand {
             if await !exerciser.run(command) { hasFailed = true }
         }
         guard commands.isEmpty else { return hasFailed }
+        let prompt = "\(Merino.program == "merino" ? "merino" : "qemu-io")> "
+        let input = CommandInput(prompt: prompt)
         while !exerciser.isFinished {
-            StandardOutput.print("\(Merino.program == "merino" ? "merino" : "qemu-io")> ")
             // Requests on their way go on while a person types.
-            guard let line = await session.thread.offload({ readLine() }) else { break }
+            guard let line = await session.thread.offload({ input.line() }) else { break }
             if await !exerciser.run(line) { hasFailed = true }
         }
         return hasFailed
+    }
+}
+
+/// Lines of commands: typed at a terminal, or from a file or pipe. One line is waited for at a time.
+private final class CommandInput: @unchecked Sendable {
+    private let prompt: String
+    private var terminal: Terminal?
+
+    init(prompt: String) {
+        self.prompt = prompt
+        terminal = Terminal(prompt: prompt, names: Exerciser.commandNames)
+    }
+
+    func line() -> String? {
+        if terminal != nil { return terminal?.line() }
+        StandardOutput.print(prompt)
+        return readLine()
     }
 }

@@ -78,7 +78,7 @@ import Testing
             var object: JSONObject = [
                 "driver": "blklogwrites", "node-name": "top", "discard": "unmap",
                 "file": ["driver": "file", "filename": "/disk"],
-                "log": ["driver": "file", "filename": "/log"],
+                "log": ["driver": "file", "node-name": "log", "filename": "/log"],
             ]
             if case .object(let more) = options {
                 for (key, value) in more.members { object[key] = value }
@@ -156,8 +156,11 @@ import Testing
         try await Self.logged(simulation, ["log-super-update-interval": 2]) {
             setup, edge throws(BlockError) in
             for index in 0..<5 { try await setup.write(edge, index * 512, 512, 1) }
+            let log = try setup.use("log", .consistentRead)
+            #expect(try await setup.read(log, 16, 1) == [4])
+            try await setup.leave(log)
         }
-        #expect(simulation.disk.bytes(of: "/log")?[16] == 4)
+        #expect(simulation.disk.bytes(of: "/log")?[16] == 5)
     }
 
     @Test(

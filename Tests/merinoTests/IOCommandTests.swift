@@ -18,7 +18,8 @@ import Testing
         ["aio_write -P 9 0 64k", "aio_flush", "aio_read -P 9 0 64k", "aio_flush"],
         ["read 0x200 0x10", "write 1k 0", "sleep 1", "quit", "read 0 4k"],
         ["foo"], ["read"], ["read x 1"], ["read 0 y"], ["write -P 300 0 1"], ["write -k 0 1"],
-        ["write -c 0 64k"],
+        ["write -c 0 64k", "write -b 0 1k", "read -b 0 1k"],
+        ["break write_aio a", "resume a", "remove_break a"],
     ]
 
     @Test("commands have qemu-io's results and exit code", arguments: scripts)
@@ -68,15 +69,118 @@ import Testing
         #expect(result.output.hasPrefix("read 4096/4096 bytes"))
     }
 
-    @Test(
-        "what drivers not there yet would be needed for is refused by name",
-        arguments: ["break event tag", "resume tag", "zone_report 0 1", "write -b 0 1", "abort"])
-    func refuses(_ command: String) throws {
+    /// Scripts on `blkdebug:rules:a.raw`.
+    private static let debugScripts: [[String]] = [
+        ["read 0 4k", "write 0 4k", "read 0 4k", "write -z 0 4k", "read 0 4k"],
+        [
+            "break write_aio A", "aio_write -P 5 0 4k", "wait_break A", "read 8k 4k", "resume A",
+            "aio_flush", "read -P 5 0 4k",
+        ],
+        ["resume B", "remove_break C", "break foo D", "break write_aio A", "remove_break A"],
+        ["break read_aio A", "remove_break A", "read 16k 4k"],
+    ]
+
+    @Test("a blkdebug node's rules and breakpoints do as qemu-io's", arguments: debugScripts)
+    func debugsLikeQEMU(_ script: [String]) throws {
+        let (ours, theirs) = (try Workplace(), try Workplace())
+        let rules = """
+            [inject-error]
+            event = "write_aio"
+            iotype = "read"
+            errno = "28"
+            once = "on"
+            state = "1"
+
+            [set-state]
+            event = "pwritev_zero"
+            new_state = "2"
+            """
+        for place in [ours, theirs] {
+            try place.tool("qemu-img", "create", "-q", "a.raw", "1M")
+            try rules.write(
+                toFile: "\(place.folder)/rules", atomically: false, encoding: .utf8)
+        }
+        let arguments = ["-f", "raw"] + script.flatMap { ["-c", $0] } + ["blkdebug:rules:a.raw"]
+        let own = try ours.run(Workplace.merino, ["io"] + arguments)
+        let other = try theirs.run("/usr/bin/env", ["qemu-io"] + arguments)
+        #expect(own.status == other.status, "\(own.errors)")
+        #expect(Self.lines(own.output) == Self.lines(other.output))
+    }
+
+    @Test func differencesAreFoundByBlkverify() throws {
+        let place = try Workplace()
+        try place.merino("create", "-q", "a.raw", "1M")
+        try place.merino("create", "-q", "-f", "qcow2", "b.qcow2", "1M")
+        let name = "blkverify:a.raw:b.qcow2"
+        let good = try place.merino(
+            "io", "-f", "raw", "-c", "write -P 5 0 64k", "-c", "read -P 5 0 64k", name)
+        #expect(good.status == 0, "\(good.errors)")
+        try place.merino("io", "-f", "raw", "-c", "write -P 6 1000 1", "a.raw")
+        let bad = try place.merino("io", "-f", "raw", "-c", "read 0 64k", name)
+        #expect(bad.status == 1 && bad.errors.contains("byte 1000 is 5"), "\(bad.errors)")
+    }
+
+    /// Writes and zeroes leave the same log; flushes are each program's own.
+    @Test(arguments: [512, 4096]) func writesAreLoggedLikeQEMUs(sectorSize: Int) throws {
+        let (ours, theirs) = (try Workplace(), try Workplace())
+        let image =
+            "driver=blklogwrites,file.driver=file,file.filename=a.raw,log.driver=file,"
+            + "log.filename=log,log-sector-size=\(sectorSize)"
+        let script = ["write -P 1 0 1k", "write -z 4k 8k", "discard 0 8k", "write -P 9 100 10"]
+        let arguments = ["--image-opts", image] + script.flatMap { ["-c", $0] }
+        var logs: [[[UInt8]]] = []
+        for (place, program) in [
+            (ours, [Workplace.merino, "io"]), (theirs, ["/usr/bin/env", "qemu-io"]),
+        ] {
+            try place.tool("qemu-img", "create", "-q", "a.raw", "1M")
+            try place.tool("truncate", "-s", "0", "log")
+            let result = try place.run(program[0], [program[1]] + arguments)
+            #expect(result.status == 0, "\(result.errors)")
+            let data = FileManager.default.contents(atPath: "\(place.folder)/log") ?? Data()
+            logs.append(Self.entries([UInt8](data), sectorSize))
+        }
+        #expect(logs[0].count == 4)
+        // Not shown: they are long.
+        let areEqual = logs[0] == logs[1]
+        #expect(areEqual)
+    }
+
+    /// The entries of a log with their data, but for flushes.
+    private static func entries(_ log: [UInt8], _ sectorSize: Int) -> [[UInt8]] {
+        func word(_ offset: Int) -> Int {
+            guard offset + 8 <= log.count else { return 0 }
+            return (0..<8).reduce(0) { $0 | Int(log[offset + $1]) << ($1 * 8) }
+        }
+        var result: [[UInt8]] = []
+        var offset = sectorSize
+        for _ in 0..<word(16) {
+            let flags = word(offset + 16)
+            let length = sectorSize + (flags & 4 == 0 ? word(offset + 8) * sectorSize : 0)
+            guard offset + length <= log.count else { break }
+            if flags & 1 == 0 { result.append(Array(log[offset..<(offset + length)])) }
+            offset += length
+        }
+        return result
+    }
+
+    @Test(arguments: ["zone_report 0 1", "zrs 0 1"])
+    func whatIsNotThereIsRefusedByName(_ command: String) throws {
         let place = try Workplace()
         try place.merino("create", "-q", "a.raw", "1M")
         let result = try place.merino("io", "-f", "raw", "-c", command, "a.raw")
         #expect(result.status == 1)
         #expect(result.output == "" && result.errors.hasPrefix("merino: "))
+    }
+
+    @Test(arguments: [("sigraise 10", SIGUSR1), ("abort", SIGABRT)])
+    func theProgramEndsBySignal(_ command: String, _ signal: Int32) throws {
+        let place = try Workplace()
+        try place.merino("create", "-q", "a.raw", "1M")
+        let result = try place.merino(
+            "io", "-f", "raw", "-c", "length", "-c", command, "-c", "length", "a.raw")
+        // As a shell tells of it, or the program that ran it.
+        #expect([signal, 128 + signal].contains(result.status))
+        #expect(result.output == "1 MiB\n")
     }
 
     @Test func writeTakesAFilesBytes() throws {

@@ -53,9 +53,9 @@ public final class BlockLogWritesFilter: FilterDriver, @unchecked Sendable {
 
     public func access(to edge: Edge, for users: Access) -> Access {
         guard edge === logEdge else { return users }
-        let isWritten = !users.uses.isDisjoint(with: [.write, .writeUnchanged, .resize])
+        // Also without users: the header is brought up to date at the end.
         return Access(
-            uses: isWritten ? [.consistentRead, .write, .resize] : .consistentRead,
+            uses: node.isReadOnly ? .consistentRead : [.consistentRead, .write, .resize],
             shares: .all.subtracting([.write, .resize]))
     }
 
@@ -85,8 +85,12 @@ public final class BlockLogWritesFilter: FilterDriver, @unchecked Sendable {
 
     public func flush() async throws(BlockError) {
         try await child.flush()
-        guard !node.isReadOnly, logEdge.access.uses.contains(.write) else { return }
+        guard !node.isReadOnly else { return }
         try await log.append(ByteRange(0, 0), .flush, .none)
+    }
+
+    public func close() async throws(BlockError) {
+        try await log.finish()
     }
 
     public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {

@@ -39,6 +39,8 @@ final class WriteLog {
     /// Where the next entry goes, in bytes.
     private var end: Int
     private(set) var entryCount = 0
+    /// How many of them the super block on disk counts.
+    private var countedCount = 0
 
     /// Begins an empty log.
     init(_ edge: Edge, sectorSize: Int, updateInterval: Int) {
@@ -97,11 +99,17 @@ final class WriteLog {
         }
     }
 
+    /// Brings the super block up to date.
+    func finish() async throws(BlockError) {
+        if countedCount != entryCount { try await writeSuperBlock() }
+    }
+
     private func writeSuperBlock() async throws(BlockError) {
-        try await grow(to: sectorSize)
+        let count = entryCount
         try await edge.write(
             0,
-            from: try sector([Self.magic, Self.version, UInt64(entryCount), UInt64(sectorSize)]))
+            from: try sector([Self.magic, Self.version, UInt64(count), UInt64(sectorSize)]))
+        countedCount = count
     }
 
     /// A sector that begins with `words`. The super block's last one has 32 bits: it is below that.
@@ -138,6 +146,7 @@ final class WriteLog {
         }
         let log = WriteLog(edge, sectorSize: sectorSize, updateInterval: updateInterval)
         for _ in 0..<count { try await log.skipEntry() }
+        log.countedCount = count
         return log
     }
 

@@ -120,6 +120,7 @@ extension QCOW2Driver {
         } else {
             let epoch = epochs.enter()
             defer { epochs.leave(epoch) }
+            await file.reached(.writeAIO)
             try await writeData(offset + other.hostDifference, offset, from: part)
         }
         while other.state != .ended { await other.queue.wait() }

@@ -159,6 +159,8 @@ extension QCOW2Driver {
             try await image.checkOverlap(
                 sector.host, sector.memory.count, ignoring: .activeL1, "the L1 table")
         }
+        if !tables.isEmpty { await file.reached(.l2Update) }
+        if !l1.isEmpty { await file.reached(.l1Update) }
         try await QCOW2TableCache.write(tables + l1, to: file)
     }
 

@@ -48,6 +48,7 @@ extension QCOW2Driver {
                 "a compressed cluster at \(descriptor.offset) lies past the end of the file")
         }
         let source = try IOBuffer(count: count).prefix(count)
+        await file.reached(.readCompressed)
         try await file.read(descriptor.offset, into: IOVector(source))
         let size = geometry.clusterSize
         let target = try IOBuffer(count: size).prefix(size)

@@ -26,6 +26,7 @@ extension QCOW2Driver: QCOW2TableView {
                 run.host &+ run.count <= data.size,
                 isInPlace(run, offset)
             {
+                await file.reached(.readAIO)
                 try await data.read(run.host, into: vector, flags)
                 return
             }
@@ -115,6 +116,7 @@ extension QCOW2Driver: QCOW2TableView {
     func readFile(_ host: Int, into vector: IOVector) async throws(BlockError) {
         let there = max(0, min(vector.count, file.size - host))
         if there < vector.count { vector.zero(there, vector.count - there) }
+        await file.reached(.readAIO)
         if there > 0 { try await file.read(host, into: vector.slice(0, there)) }
     }
 
@@ -126,6 +128,7 @@ extension QCOW2Driver: QCOW2TableView {
         }
         let there = max(0, min(vector.count, backing.size - offset))
         if there < vector.count { vector.zero(there, vector.count - there) }
+        await file.reached(.readBackingAIO)
         if there > 0 { try await backing.read(offset, into: vector.slice(0, there)) }
     }
 

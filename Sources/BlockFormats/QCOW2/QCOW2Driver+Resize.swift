@@ -99,6 +99,7 @@ extension QCOW2Driver {
         let bits = geometry.clusterBits
         // As many as its clusters hold.
         let clusters = geometry.clusterCount(for: entries * 8)
+        await file.reached(.l1GrowAllocTable)
         let place = try await refcounts.allocate(exactly: clusters)
         var table = image.l1
         table.append(contentsOf: [UInt64](repeating: 0, count: entries - table.count))
@@ -107,9 +108,11 @@ extension QCOW2Driver {
             (table + [UInt64](repeating: 0, count: padding))[...])
         // On disk the new table names only what the old one did and what is durable.
         try await commit()
+        await file.reached(.l1GrowWriteTable)
         try await file.write(place.offset, from: try QCOW2Image.vector(bytes))
         try await refcounts.writeBlocks()
         try await file.flush()
+        await file.reached(.l1GrowActivateTable)
         let old = (image.header.l1Offset, geometry.clusterCount(for: image.l1.count * 8))
         image.header.l1Offset = place.offset
         image.header.l1EntryCount = entries

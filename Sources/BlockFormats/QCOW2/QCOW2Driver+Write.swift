@@ -51,6 +51,7 @@ extension QCOW2Driver {
         if !hasDataFile, run.host + run.count > file.size {
             try await image.ensureSize(run.host + run.count)
         }
+        await file.reached(.writeAIO)
         try await writeData(run.host, offset, from: vector)
     }
 
@@ -215,6 +216,8 @@ extension QCOW2Driver {
             host: clusters.offset - start, writes: first..<last, data: offset..<dataEnd)
         let head = try await rest(first, offset - first, isZero: headIsZero)
         let tail = try await rest(dataEnd, last - dataEnd, isZero: tailIsZero)
+        if head.count + tail.count > 0 { await file.reached(.cowWrite) }
+        await file.reached(.writeAIO)
         allocation.takeMerged(head: head, tail: tail)
         var whole = head
         whole.append(data)
@@ -227,7 +230,12 @@ extension QCOW2Driver {
     ) async throws(BlockError) -> IOVector {
         if count == 0 { return IOVector() }
         let vector = try IOVector(allocating: count)
-        if isZero { vector.fill(0) } else { try await readGuest(offset, into: vector) }
+        if isZero {
+            vector.fill(0)
+        } else {
+            await file.reached(.cowRead)
+            try await readGuest(offset, into: vector)
+        }
         return vector
     }
 
@@ -348,9 +356,11 @@ extension QCOW2Driver {
                 if old.offset == 0 {
                     content.fill(0)
                 } else {
+                    await file.reached(.l2AllocCowRead)
                     // Nothing in memory is newer: a shared table is never changed.
                     try await readFile(old.offset, into: content)
                 }
+                await file.reached(.l2AllocWrite)
                 try await file.write(cluster.offset, from: content)
             }
         } catch {

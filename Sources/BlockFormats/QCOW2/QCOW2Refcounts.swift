@@ -53,7 +53,8 @@ final class QCOW2Refcounts {
         geometry = image.geometry
         self.table = table
         let sliceBytes = min(geometry.clusterSize, 4096)
-        cache = QCOW2TableCache(file: image.file, sliceBytes: sliceBytes, bytesMax: cacheBytes)
+        cache = QCOW2TableCache(
+            file: image.file, sliceBytes: sliceBytes, bytesMax: cacheBytes, loads: .refblockLoad)
         sliceBits = sliceBytes.trailingZeroBitCount + 3 - geometry.refcountOrder
         for entry in table where entry != 0 { image.addRefcountBlock(at: Int(entry)) }
     }
@@ -106,6 +107,7 @@ final class QCOW2Refcounts {
 
     /// Takes up to `wanted` clusters that follow each other. The file reaches past them on return.
     func allocate(upTo wanted: Int) async throws(BlockError) -> Allocation {
+        await image.file.reached(.clusterAlloc)
         let run = try await take(upTo: wanted, exactly: false)
         return try await grown(run)
     }
@@ -113,6 +115,7 @@ final class QCOW2Refcounts {
     /// Takes exactly `wanted` clusters that follow each other: for tables.
     func allocate(exactly wanted: Int) async throws(BlockError) -> Allocation {
         if wanted == 1 { return try await allocate(upTo: 1) }
+        await image.file.reached(.clusterAlloc)
         // Runs that are too short go back, once the search is over.
         var short: [Run] = []
         var parts = Run(first: 0, count: 0)
@@ -214,6 +217,7 @@ final class QCOW2Refcounts {
 
     /// Drops one reference to each of `count` clusters. Their removal from tables is durable.
     func release(_ first: Int, _ count: Int) async throws(BlockError) {
+        await image.file.reached(.clusterFree)
         var cluster = first
         while cluster < first + count {
             let slice = try await usedSlice(for: cluster)
@@ -326,6 +330,7 @@ final class QCOW2Refcounts {
 
     /// Writes `blocks` refcount blocks at cluster `area`, which count its first `used` clusters.
     private func writeNewBlocks(_ area: Int, blocks: Int, used: Int) async throws(BlockError) {
+        await image.file.reached(.refblockAlloc)
         try await image.ensureSize((area + used) << geometry.clusterBits)
         highest = max(highest, area + used)
         let vector = try IOVector(allocating: blocks << geometry.clusterBits)
@@ -335,6 +340,7 @@ final class QCOW2Refcounts {
                 QCOW2.Refcount.set(slice.bytes, cluster, to: 1, order: geometry.refcountOrder)
             }
         }
+        await image.file.reached(.refblockAllocWrite)
         try await image.file.write(area << geometry.clusterBits, from: vector)
     }
 
@@ -354,6 +360,7 @@ final class QCOW2Refcounts {
         }
         // What is pending goes to the old table first: the new one holds only what is on disk.
         try await writeBlocks()
+        await image.file.reached(.reftableGrow)
         try await writeNewBlocks(area, blocks: blocks, used: blocks + clusters)
         var larger = table
         larger.append(
@@ -362,9 +369,11 @@ final class QCOW2Refcounts {
             larger[index + block] = UInt64((area + block) << geometry.clusterBits)
         }
         let offset = (area + blocks) << geometry.clusterBits
+        await image.file.reached(.refblockAllocWriteTable)
         try await image.file.write(offset, from: try QCOW2Image.vector(Self.bigEndian(larger[...])))
         try await image.file.flush()
 
+        await image.file.reached(.refblockAllocSwitchTable)
         let old = (image.header.refcountTableOffset, image.header.refcountTableClusters)
         image.header.refcountTableOffset = offset
         image.header.refcountTableClusters = clusters
@@ -413,6 +422,7 @@ final class QCOW2Refcounts {
                 try await image.checkOverlap(
                     slice.host, cache.sliceBytes, ignoring: .refcountBlock, "refcounts")
             }
+            if !slices.isEmpty { await image.file.reached(.refblockUpdatePart) }
             try await QCOW2TableCache.write(slices.map { ($0.host, $0.memory) }, to: image.file)
             if !entries.isEmpty { try await writeTable(entries) }
         } catch {
@@ -425,6 +435,7 @@ final class QCOW2Refcounts {
     private func writeTable(_ entries: Set<Int>) async throws(BlockError) {
         // A block is on disk before the table names it.
         try await image.file.flush()
+        await image.file.reached(.reftableUpdate)
         for sector in Set(entries.map { $0 >> 6 }) {
             let range = sector << 6..<min((sector + 1) << 6, table.count)
             let vector = try QCOW2Image.vector(Self.bigEndian(table[range]))

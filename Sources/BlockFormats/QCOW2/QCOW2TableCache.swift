@@ -49,6 +49,7 @@ final class QCOW2TableCache {
     let sliceBytes: Int
     let capacity: Int
     private let file: Edge
+    private let loadEvent: DebugEvent
     private var slices: [Int: Slice] = [:]
     /// All of them, in the order that the clock hand visits.
     private var ring: [Slice] = []
@@ -58,8 +59,10 @@ final class QCOW2TableCache {
     private var loading: [Int: QCOW2WaitQueue] = [:]
     private(set) var dirty: [Slice] = []
 
-    init(file: Edge, sliceBytes: Int, bytesMax: Int) {
+    /// - Parameter loads: what a node for tests below is told before a slice is read.
+    init(file: Edge, sliceBytes: Int, bytesMax: Int, loads: DebugEvent = .l2Load) {
         self.file = file
+        loadEvent = loads
         self.sliceBytes = sliceBytes
         capacity = max(2, bytesMax / sliceBytes)
     }
@@ -114,6 +117,7 @@ final class QCOW2TableCache {
             _ = evict()
         }
         let memory = try IOBuffer(count: sliceBytes).prefix(sliceBytes)
+        await file.reached(loadEvent)
         try await Self.read(file, host, memory)
         let slice = Slice(key: key, host: host, memory: memory)
         slices[key] = slice

@@ -47,6 +47,8 @@ extension Exerciser {
             name: "abort", arguments: 0...0, needsImage: false, synopsis: "",
             summary: "ends the program as a crash does, by abort(3)"
         ) { _, _ throws(BlockError) in
+            // Past the handler that would report a crash of the program itself.
+            _ = signal(SIGABRT, SIG_DFL)
             abort()
         },
         Command(
@@ -54,10 +56,11 @@ extension Exerciser {
             summary: "sends the program a signal, by its number",
             details: " 'sigraise 15' raises SIGTERM"
         ) { _, words throws(BlockError) in
-            guard let signal = Int32(words[0]), signal >= 0, signal < 65 else {
+            guard let number = Int32(words[0]), number >= 0, number < 65 else {
                 throw BlockError(.invalidArgument, "'\(words[0])' is no number of a signal")
             }
-            kill(getpid(), signal)
+            _ = signal(number, SIG_DFL)
+            kill(getpid(), number)
         },
     ]
 

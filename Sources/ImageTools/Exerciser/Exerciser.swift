@@ -57,6 +57,9 @@ public final class Exerciser: @unchecked Sendable {
         (imageCommands + dataCommands + debugCommands + [help, quit, sleep])
         .sorted { $0.name < $1.name }
 
+    /// For completion.
+    public static let commandNames = commands.map(\.name)
+
     // MARK: Running
 
     /// Runs one line.
