@@ -47,8 +47,7 @@ extension Exerciser {
             name: "abort", arguments: 0...0, needsImage: false, synopsis: "",
             summary: "ends the program as a crash does, by abort(3)"
         ) { _, _ throws(BlockError) in
-            // Past the handler that would report a crash of the program itself.
-            _ = signal(SIGABRT, SIG_DFL)
+            Exerciser.setDefault(SIGABRT)
             abort()
         },
         Command(
@@ -59,10 +58,20 @@ extension Exerciser {
             guard let number = Int32(words[0]), number >= 0, number < 65 else {
                 throw BlockError(.invalidArgument, "'\(words[0])' is no number of a signal")
             }
-            _ = signal(number, SIG_DFL)
-            kill(getpid(), number)
+            if number > 0 { Exerciser.setDefault(number) }
+            _ = raise(number)
         },
     ]
+
+    /// The signal does what it does by default, whoever started the program: past the handler that would
+    /// report a crash of the program itself, and not held back.
+    private static func setDefault(_ number: Int32) {
+        _ = signal(number, SIG_DFL)
+        var set = sigset_t()
+        sigemptyset(&set)
+        sigaddset(&set, number)
+        pthread_sigmask(SIG_UNBLOCK, &set, nil)
+    }
 
     private func setBreakpoint(_ name: String, tag: String) throws(BlockError) {
         try debug("set breakpoint") { debug in
