@@ -45,12 +45,13 @@ import Glibc
         func write(_ seed: Int) throws {
             var random = QCOW2TestRandom(seed: seed)
             var arguments = ["qemu-io"]
+            // First: QEMU writes no compressed cluster over another one.
+            if base.isCompressed, seed == 1 { arguments += ["-c", "write -c -P 9 1M 64k"] }
             for _ in 0..<6 {
                 let offset = random.next(below: 4000) * 512
                 let count = min(Self.size - offset, (1 + random.next(below: 200)) * 512)
                 arguments += ["-c", "write -P \(1 + random.next(below: 250)) \(offset) \(count)"]
             }
-            if base.isCompressed { arguments += ["-c", "write -c -P 9 1M 64k"] }
             try folder.run(arguments + ["a.qcow2"])
         }
         try write(1)
@@ -198,6 +199,11 @@ private struct Tables {
             let directory = Int(QCOW2Bytes(bytes: item.data).number(16))
             places.append((directory, 60))
             places.append((Int(bytes.number(directory)), 32))
+        }
+        // The file may end before a table's cluster does.
+        places = places.compactMap { place in
+            let count = min(place.count, image.count - place.offset) / 8 * 8
+            return count > 0 ? (place.offset, count) : nil
         }
     }
 
