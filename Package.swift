@@ -42,8 +42,11 @@ let package = Package(
         // OpenSSL's libcrypto, loaded when encryption is first used.
         .target(name: "CLibcrypto"),
 
+        // Which trace points are on: read in one load.
+        .target(name: "CTrace"),
+
         // Pure: no I/O, no Foundation.
-        box("BlockCore"),
+        box("BlockCore", ["CTrace"]),
         box("QMP", ["BlockCore"]),
         box("NBDProtocol", ["BlockCore"]),
         box("BlockTLS", ["BlockCore", "CGnuTLS"]),
@@ -94,7 +97,7 @@ let package = Package(
         tests("BlockGraph"),
         tests("BlockFilters", ["BlockProtocols", "BlockFormats", "BlockTesting"]),
         tests("BlockFormats", ["BlockProtocols", "BlockTesting"]),
-        tests("BlockTLS"),
+        tests("BlockTLS", ["BlockTesting"]),
         tests("BlockCrypto"),
         tests("StorageDaemon"),
         tests("BlockExports", ["BlockProtocols", "BlockFormats", "BlockTesting"]),

@@ -155,6 +155,18 @@ public protocol BlockDriver: AnyObject, Sendable {
 
     /// The node behind `edge` has another size now.
     func childResized(_ edge: Edge)
+    /// The node behind `edge` takes other alignments or sizes of requests now.
+    func childLimitsChanged(_ edge: Edge)
+
+    /// Makes ready for other options; nothing changes before ``DriverReopening/commit``.
+    ///
+    /// Called while the node is drained and flushed, after its children were made ready. Without an
+    /// implementation the driver's own options have to stay as they are.
+    ///
+    /// - Throws: when the driver cannot go on so.
+    func prepareReopening(
+        _ reopening: NodeReopening
+    ) async throws(BlockError) -> DriverReopening
 
     /// From now on no request is to be held back, and those that are go on: somebody waits until none
     /// is in flight. Nests; each is followed by its ``drainEnds()``.
@@ -201,6 +213,7 @@ extension BlockDriver {
     public func childResized(_ edge: Edge) {}
     public func drainBegins() {}
     public func drainEnds() {}
+    public func childLimitsChanged(_ edge: Edge) {}
     public func settle() async {}
     public func amend(_ amendment: ImageAmendment) async throws(BlockError) {
         throw BlockError(.unsupported, "images of this driver cannot be amended")
@@ -246,6 +259,10 @@ extension FilterDriver {
 
     public func childResized(_ edge: Edge) {
         edge.parentNode?.size = edge.node.size
+    }
+
+    public func childLimitsChanged(_ edge: Edge) {
+        if edge === child { edge.parentNode?.limits = edge.node.limits }
     }
 
     public var filename: String { child.node.driver.filename }

@@ -18,6 +18,8 @@ public final class BlockGraph: @unchecked Sendable {
     public internal(set) var objects: [String: any GraphObject] = [:]
     /// Told when an image turns out to be corrupt while it is in use, once for each node.
     public var corruptionObserver: ((BlockNode, ImageCorruption) -> Void)?
+    /// Files that clients opened and passed in.
+    public let descriptorSets = DescriptorSets()
     /// Of sections that are drained right now.
     private var drains: [DrainSection] = []
 

@@ -309,7 +309,7 @@ extension BlockNode {
         } catch  where error.code == .unsupported {
             return
         }
-        written(inner)
+        for observer in writeObservers { observer.discarded(inner) }
     }
 
     func stickyFlush() async throws(BlockError) {

@@ -31,8 +31,10 @@ public final class BlockNode: @unchecked Sendable {
     public var size = 0 {
         didSet { if size != oldValue { sizeChanged() } }
     }
-    /// The driver sets them when it opens.
-    public var limits = NodeLimits()
+    /// The driver sets them when it opens and when they change.
+    public var limits = NodeLimits() {
+        didSet { if limits != oldValue { announceLimits() } }
+    }
 
     /// In the order they were attached.
     public internal(set) var children: [Edge] = []
@@ -44,6 +46,8 @@ public final class BlockNode: @unchecked Sendable {
     /// The monitor (or the command line) holds it, until `blockdev-del`.
     public internal(set) var isMonitorOwned = false
     var temporaryHolds: [String: Int] = [:]
+    /// The edge that it was opened together with, from options in its parent's: it follows that parent.
+    weak var openedFor: Edge?
     /// The options as they were given: what reopening compares with.
     var openedWith = JSONObject()
 
@@ -65,6 +69,7 @@ public final class BlockNode: @unchecked Sendable {
     public var awaitsFirstChange = false
     /// Who is told of every change: dirty bitmaps, and jobs.
     public internal(set) var writeObservers: [any WriteObserver] = []
+    var threshold: WriteThreshold?
 
     init(
         name: String, graph: BlockGraph, description: DriverDescription, options: NodeOptions
@@ -126,6 +131,14 @@ public final class BlockNode: @unchecked Sendable {
         }
     }
 
+    private func announceLimits() {
+        for edge in parents {
+            if let parent = edge.parentNode, parent.isOpen {
+                parent.driver.childLimitsChanged(edge)
+            }
+        }
+    }
+
     // MARK: Observers
 
     public func addWriteObserver(_ observer: any WriteObserver) {
@@ -140,6 +153,12 @@ public final class BlockNode: @unchecked Sendable {
 /// Told of every range that a node's users changed, after the change: dirty bitmaps.
 public protocol WriteObserver: AnyObject {
     func changed(_ range: ByteRange)
+    /// The range was discarded: a change too, unless the observer sees that otherwise.
+    func discarded(_ range: ByteRange)
+}
+
+extension WriteObserver {
+    public func discarded(_ range: ByteRange) { changed(range) }
 }
 
 extension BlockNode {

@@ -21,7 +21,8 @@ extension Edge {
         if !isRoot { return node.driver.readNow(offset, into: vector) }
         let start = node.thread.now
         guard node.driver.readNow(offset, into: vector) else { return false }
-        statistics.note(.read, bytes: vector.count, nanoseconds: node.thread.now &- start)
+        trace("read", offset, vector.count)
+        statistics.note(.read, bytes: vector.count, since: start, now: node.thread.now)
         return true
     }
 
@@ -39,7 +40,8 @@ extension Edge {
         if !isRoot { return node.writtenNow(offset, vector) }
         let start = node.thread.now
         guard node.writtenNow(offset, vector) else { return false }
-        statistics.note(.write, bytes: vector.count, nanoseconds: node.thread.now &- start)
+        trace("write", offset, vector.count)
+        statistics.note(.write, bytes: vector.count, since: start, now: node.thread.now)
         return true
     }
 

@@ -16,6 +16,7 @@ extension Edge {
     public func read(
         _ offset: Int, into vector: IOVector, _ flags: ReadFlags = []
     ) async throws(BlockError) {
+        trace("read", offset, vector.count)
         guard isRoot else {
             let node = node
             try check(offset, vector.count, of: node, uses: .consistentRead)
@@ -30,7 +31,7 @@ extension Edge {
             try check(offset, vector.count, of: node, uses: .consistentRead)
             if vector.count > 0 { try await node.alignedRead(offset, into: vector, flags) }
         } catch {
-            finish(.read, 0, since: start, failed: true)
+            failed(.read, error)
             throw error.on(node: node.name)
         }
         finish(.read, vector.count, since: start)
@@ -44,6 +45,7 @@ extension Edge {
     public func write(
         _ offset: Int, from vector: IOVector, _ flags: WriteFlags = []
     ) async throws(BlockError) {
+        trace("write", offset, vector.count)
         guard isRoot else {
             let node = node
             try checkWrite(offset, vector.count, of: node, flags)
@@ -60,7 +62,7 @@ extension Edge {
                 try await node.trackedWrite(offset, from: vector, flags)
             }
         } catch {
-            finish(.write, 0, since: start, failed: true)
+            failed(.write, error)
             throw error.on(node: node.name)
         }
         finish(.write, vector.count, since: start)
@@ -72,6 +74,7 @@ extension Edge {
     public func writeZeroes(
         _ range: ByteRange, _ flags: WriteFlags = []
     ) async throws(BlockError) {
+        trace("write_zeroes", range.offset, range.count)
         let flags = isWriteThrough ? flags.union(.fua) : flags
         try await counted(.writeZeroes, range.count) { node throws(BlockError) in
             try checkWrite(range.offset, range.count, of: node, flags)
@@ -81,6 +84,7 @@ extension Edge {
 
     /// Says that `range` is not needed any more. A hint: what cannot be given back stays.
     public func discard(_ range: ByteRange) async throws(BlockError) {
+        trace("discard", range.offset, range.count)
         try await counted(.discard, range.count) { node throws(BlockError) in
             try checkWrite(range.offset, range.count, of: node, [])
             // The user decided for the node that its discards go no further.
@@ -93,6 +97,7 @@ extension Edge {
     ///
     /// - Throws: also when an earlier flush of the node failed.
     public func flush() async throws(BlockError) {
+        trace("flush", 0, 0)
         try await counted(.flush, 0) { node throws(BlockError) in
             try await node.stickyFlush()
         }
@@ -164,6 +169,13 @@ extension Edge {
     // MARK: Checks and counts
 
     @inline(__always)
+    func trace(_ kind: StaticString, _ offset: Int, _ count: Int) {
+        TracePoint.edgeRequest(
+            "kind \(kind) node \(node.name) offset \(offset) bytes \(count) by \(parentDescription)"
+        )
+    }
+
+    @inline(__always)
     func check(
         _ offset: Int, _ count: Int, of node: BlockNode, uses: Permission
     ) throws(BlockError) {
@@ -212,21 +224,20 @@ extension Edge {
         do throws(BlockError) {
             try await body(node)
         } catch {
-            finish(kind, 0, since: start, failed: true)
+            failed(kind, error)
             throw error.on(node: node.name)
         }
         finish(kind, bytes, since: start)
     }
 
     @inline(__always)
-    private func finish(
-        _ kind: RequestKind, _ bytes: Int, since start: UInt64, failed: Bool = false
-    ) {
-        if failed {
-            statistics.noteFailure(kind)
-        } else {
-            statistics.note(kind, bytes: bytes, nanoseconds: node.thread.now &- start)
-        }
+    private func finish(_ kind: RequestKind, _ bytes: Int, since start: UInt64) {
+        statistics.note(kind, bytes: bytes, since: start, now: node.thread.now)
+        leave()
+    }
+
+    private func failed(_ kind: RequestKind, _ error: BlockError) {
+        statistics.noteFailure(kind, error.code, now: node.thread.now)
         leave()
     }
 }

@@ -53,7 +53,7 @@ public final class Edge: @unchecked Sendable {
     /// Every write of this user is on stable storage before it completes (cache mode writethrough).
     public var isWriteThrough = false
     /// Counts and latencies of a user's requests.
-    public internal(set) var statistics = RequestStatistics()
+    public var statistics = RequestStatistics()
 
     init(parent: Parent, name: String, roles: ChildRole, node: BlockNode, requestedAccess: Access) {
         self.parent = parent

@@ -28,12 +28,14 @@ public final class NodeOpening {
     ) async throws(BlockError) -> Edge? {
         guard let value = try options.value(name) ?? fallback else { return nil }
         let child: BlockNode
+        var isOpenedHere = false
         switch value {
         case .null:
             return nil
         case .string(let reference):
             child = try node.graph.requireNode(named: reference)
         default:
+            isOpenedHere = true
             child = try await node.graph.openUnheld(
                 value, inheriting: node.options.inherited(by: roles), needsName: false,
                 nesting: nesting + 1)
@@ -42,6 +44,7 @@ public final class NodeOpening {
         do throws(BlockError) {
             let edge = try transaction.attach(child, to: .node(node), as: name, roles: roles)
             try transaction.commit()
+            if isOpenedHere { child.openedFor = edge }
             return edge
         } catch {
             transaction.abort()

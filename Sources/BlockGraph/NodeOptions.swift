@@ -25,6 +25,11 @@ public struct NodeOptions: Sendable, Equatable {
     /// whatever state it is in.
     public var isForCheck = false
 
+    /// The options' names.
+    static let keys: Set<String> = [
+        "read-only", "auto-read-only", "force-share", "discard", "detect-zeroes", "cache",
+    ]
+
     public init() {}
 
     /// What a child gets where it does not say otherwise.

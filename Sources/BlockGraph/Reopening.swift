@@ -1,112 +1,212 @@
 import BlockCore
 import QMP
 
-/// Changes the options of open nodes: all of them, or none.
+// Changes the options of open nodes: all of them, or none.
+//
+//     plan       the nodes that are named, and those that were opened with them as their children
+//     flush      parents first: a node that goes read-only has nothing left to write
+//     prepare    children first: files are opened, tables read; nothing changes yet
+//     commit     options, children and permissions at one instant, then every driver
+//     finish     files that are not needed any more are closed
+//
+// All of it while the graph is drained. What throws before the commit leaves everything as it was.
+
 extension BlockGraph {
-    /// The options of every node that requests look at, and that so may change while it is open.
-    private static let changeable: Set<String> = [
-        "node-name", "driver", "read-only", "auto-read-only", "force-share", "discard",
-        "detect-zeroes", "cache",
-    ]
-
-    /// What becomes of one node.
-    private struct Reopening {
-        let node: BlockNode
-        let given: JSONObject
-        let options: NodeOptions
-        let replacements: [(edge: Edge, node: BlockNode)]
-    }
-
     /// Gives nodes new options at one instant, as `blockdev-reopen` does; options that are not given
     /// go back to their defaults.
     ///
-    /// Children may be replaced by other nodes; of the options of every node, those may change that
-    /// need no file to be opened again; a driver's own have to stay.
+    /// Children are replaced by naming other nodes; a child that was opened together with its parent
+    /// takes new options as an object, and follows its parent in what it does not say itself.
     ///
     /// - Parameter list: options as for opening, complete, each with the `node-name` of an open node.
     /// - Throws: with everything as it was.
     public func reopen(_ list: [JSONValue]) async throws(BlockError) {
-        var changes: [Reopening] = []
-        for options in list {
-            let change = try reopening(options)
-            guard !changes.contains(where: { $0.node === change.node }) else {
-                throw BlockError(
-                    .invalidArgument, "it is given twice", node: change.node.name)
-            }
-            changes.append(change)
+        let plan = try ReopeningPlan(list, of: self)
+        let held = plan.steps.map(\.node)
+        // A child that is replaced goes when all is done.
+        for node in held { node.hold("reopening") }
+        let result: Result<Void, BlockError>
+        do throws(BlockError) {
+            try await drained(nodes) { () throws(BlockError) in try await plan.carryOut() }
+            result = .success(())
+        } catch {
+            result = .failure(error)
         }
-        try await drained(nodes) { () throws(BlockError) in
-            let transaction = GraphTransaction(self)
-            do throws(BlockError) {
-                for change in changes {
-                    transaction.setOptions(change.options, of: change.node)
-                    for (edge, node) in change.replacements {
-                        try transaction.replace(edge, with: node)
-                    }
-                }
-                try transaction.commit()
-            } catch {
-                transaction.abort()
-                throw error
-            }
-            for change in changes { change.node.openedWith = change.given }
-        }
+        for node in held { node.release("reopening") }
         try await collect()
+        try result.get()
     }
+}
 
-    private func reopening(_ value: JSONValue) throws(BlockError) -> Reopening {
-        let reader = try OptionReader(value, of: "the node")
-        guard case .object(let given) = value, let name = try reader.string("node-name") else {
-            throw BlockError(.invalidArgument, "option 'node-name' is missing")
-        }
-        let node = try requireNode(named: name)
-        reader.subject = "node '\(name)' (driver '\(node.description.name)')"
-        guard node.isReady else { throw BlockError(.busy, "it is being opened", node: name) }
-        guard try reader.string("driver") == node.description.name else {
-            throw BlockError(
-                .invalidArgument, "its driver is '\(node.description.name)' and stays so",
-                node: name)
-        }
-        var options = try NodeOptions(reading: reader, inheriting: NodeOptions())
-        let old = node.options
-        // A file that could only be opened for reading stays what it is.
-        if options.autoReadOnly, old.isReadOnly { options.isReadOnly = true }
-        let needsFile =
-            options.isDirect != old.isDirect || options.sharesAll != old.sharesAll
-            || (options.isReadOnly != old.isReadOnly && node.description.kind == .storage)
-            // Above the storage it has been handed down to the children.
-            || (options.ignoresFlush != old.ignoresFlush && node.description.kind != .storage)
-        guard !needsFile else {
-            throw BlockError(
-                .unsupported,
-                "read-only, cache and force-share cannot change so while it is open",
-                node: name)
-        }
-        return Reopening(
-            node: node, given: given, options: options,
-            replacements: try replacements(of: node, given))
-    }
+/// What becomes of each node that takes part in a reopening.
+private struct ReopeningPlan {
+    private let graph: BlockGraph
+    /// Parents before the children that follow them.
+    private(set) var steps: [NodeReopening] = []
 
-    /// - Throws: for an own option of the driver that would change.
-    private func replacements(
-        of node: BlockNode, _ given: JSONObject
-    ) throws(BlockError) -> [(edge: Edge, node: BlockNode)] {
-        var result: [(edge: Edge, node: BlockNode)] = []
-        for (key, value) in given.members where !Self.changeable.contains(key) {
-            if case .string(let reference) = value, let edge = node.child(named: key) {
-                result.append((edge, try requireNode(named: reference)))
-            } else if value != node.openedWith[key] {
+    init(_ list: [JSONValue], of graph: BlockGraph) throws(BlockError) {
+        self.graph = graph
+        for value in list {
+            guard case .object(let given) = value, case .string(let name)? = given["node-name"]
+            else {
                 throw BlockError(
-                    .unsupported, "option '\(key)' cannot change while it is open",
+                    .invalidArgument, "option 'node-name' is missing",
+                    remedy: "name each node that is to be reopened")
+            }
+            let node = try graph.requireNode(named: name)
+            guard step(for: node) == nil else {
+                throw BlockError(.invalidArgument, "it is given twice", node: name)
+            }
+            guard given["driver"] != nil else {
+                throw BlockError(.invalidArgument, "option 'driver' is missing", node: name)
+            }
+            steps.append(try NodeReopening(node, given, inheriting: NodeOptions()))
+        }
+        var index = 0
+        while index < steps.count {
+            try addChildren(of: steps[index])
+            index += 1
+        }
+        // Each with the parents of it that take part before it.
+        steps.sort { $0.node.depth < $1.node.depth }
+        for step in steps {
+            for other in steps where step.node.children.contains(where: { $0.node === other.node })
+            {
+                step.childSteps.append(other)
+            }
+        }
+    }
+
+    private func step(for node: BlockNode) -> NodeReopening? {
+        steps.first { $0.node === node }
+    }
+
+    // MARK: Children
+
+    private mutating func addChildren(of step: NodeReopening) throws(BlockError) {
+        let node = step.node
+        for (key, value) in step.given.members where step.isChild(key) {
+            // Read here, so that nobody takes it for an unknown option.
+            _ = try step.options.value(key)
+            try add(value, as: key, to: step)
+        }
+        for edge in node.children where step.given[edge.name] == nil {
+            guard !edge.roles.contains(.cow) else {
+                throw BlockError(
+                    .invalidArgument, "option '\(edge.name)' is missing: the node has one",
+                    remedy: "give '\(edge.node.name)' to keep it, or null to do without",
                     node: node.name)
             }
+            if edge.node.openedFor === edge { try follow(edge, edge.node.openedWith, step) }
         }
-        for (key, _) in node.openedWith.members
-        where !Self.changeable.contains(key) && given[key] == nil {
+    }
+
+    private mutating func add(
+        _ value: JSONValue, as key: String, to step: NodeReopening
+    ) throws(BlockError) {
+        let edge = step.node.child(named: key)
+        switch (value, edge) {
+        case (.null, let edge?):
+            guard edge.roles.contains(.cow) else {
+                throw BlockError(
+                    .invalidArgument, "it cannot do without its '\(key)'", node: step.node.name)
+            }
+            step.childChanges.append(.detach(edge))
+        case (.null, nil): return
+        case (.string(let name), let edge?):
+            let node = try graph.requireNode(named: name)
+            if node !== edge.node {
+                step.childChanges.append(.replace(edge, node))
+            } else if node.openedFor === edge {
+                try follow(edge, node.openedWith, step)
+            }
+        case (.string(let name), nil):
+            step.childChanges.append(
+                .attach(try graph.requireNode(named: name), name: key, roles: .cow))
+        case (.object(let given), let edge?) where edge.node.openedFor === edge:
+            try follow(edge, given, step)
+        default:
             throw BlockError(
-                .invalidArgument, "option '\(key)' was given when it was opened",
-                remedy: "give it again", node: node.name)
+                .invalidArgument,
+                "'\(key)' was not opened together with it, so that its options are its own",
+                remedy: "give the name of a node, from blockdev-add", node: step.node.name)
         }
-        return result
+    }
+
+    /// A child that was opened together with its parent is reopened with it.
+    private mutating func follow(
+        _ edge: Edge, _ given: JSONObject, _ parent: NodeReopening
+    ) throws(BlockError) {
+        if step(for: edge.node) != nil {
+            guard case .object? = parent.given[edge.name] else { return }
+            throw BlockError(.invalidArgument, "it is given twice", node: edge.node.name)
+        }
+        steps.append(
+            try NodeReopening(
+                edge.node, given, inheriting: parent.nodeOptions.inherited(by: edge.roles)))
+    }
+
+    // MARK: Steps
+
+    func carryOut() async throws(BlockError) {
+        for step in steps where !step.node.isReadOnly {
+            do throws(BlockError) {
+                try await step.node.stickyFlush()
+            } catch {
+                throw error.on(node: step.node.name)
+            }
+        }
+        var prepared: [DriverReopening] = []
+        do throws(BlockError) {
+            for step in steps.reversed() { prepared.append(try await prepare(step)) }
+            try change()
+        } catch {
+            for reopening in prepared.reversed() { await reopening.abort() }
+            throw error
+        }
+        for (step, reopening) in zip(steps.reversed(), prepared) {
+            if let driver = reopening.driver { step.node.setDriver(driver) }
+            reopening.commit()
+            step.node.openedWith = step.given
+        }
+        for reopening in prepared { await reopening.finish() }
+    }
+
+    private func prepare(_ step: NodeReopening) async throws(BlockError) -> DriverReopening {
+        do throws(BlockError) {
+            let reopening = try await step.node.driver.prepareReopening(step)
+            do throws(BlockError) {
+                try step.options.finish()
+            } catch {
+                await reopening.abort()
+                throw error
+            }
+            return reopening
+        } catch {
+            throw error.on(node: step.node.name)
+        }
+    }
+
+    /// The graph's part: options, children, permissions.
+    private func change() throws(BlockError) {
+        let transaction = GraphTransaction(graph)
+        do throws(BlockError) {
+            for step in steps {
+                transaction.setOptions(step.nodeOptions, of: step.node)
+                for change in step.childChanges {
+                    switch change {
+                    case .attach(let child, let name, let roles):
+                        _ = try transaction.attach(
+                            child, to: .node(step.node), as: name, roles: roles)
+                    case .replace(let edge, let child): try transaction.replace(edge, with: child)
+                    case .detach(let edge): transaction.detach(edge)
+                    }
+                }
+            }
+            try transaction.commit()
+        } catch {
+            transaction.abort()
+            throw error
+        }
     }
 }

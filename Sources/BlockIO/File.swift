@@ -55,6 +55,14 @@ public final class File: @unchecked Sendable {
         return File(thread: thread, handle: handle, path: path, isDirect: options.direct)
     }
 
+    /// Takes over a file that somebody else opened, under the name it is to have in messages.
+    public static func adopt(
+        _ handle: IOHandle, as path: String, isDirect: Bool, on thread: IOThread
+    ) -> File {
+        thread.preconditionOnThread()
+        return File(thread: thread, handle: handle, path: path, isDirect: isDirect)
+    }
+
     /// Closes the file once. What was not synchronised is not made durable by this.
     public func close() async {
         guard !isClosed else { return }

@@ -111,6 +111,20 @@ public protocol IOSystem: Sendable {
     func shutdownReceiving(_ handle: IOHandle)
     /// What every connected TCP socket gets: no delay, keep-alive.
     func prepareConnection(_ handle: IOHandle)
+    /// How a TCP socket finds out that its peer is gone without a word.
+    func setKeepAlive(_ handle: IOHandle, _ keepAlive: KeepAlive)
+}
+
+/// Probes that TCP sends on a connection that is silent.
+public struct KeepAlive: Sendable, Equatable {
+    public var isOn = true
+    /// Silence before the first probe; the system's choice where it is `nil`, as for the others.
+    public var idleSeconds: Int32?
+    public var intervalSeconds: Int32?
+    /// Probes without an answer that end the connection.
+    public var probeCount: Int32?
+
+    public init() {}
 }
 
 extension IOSystem {
@@ -125,6 +139,8 @@ extension IOSystem {
 
     /// A system without half-closed sockets ends both directions.
     public func shutdownReceiving(_ handle: IOHandle) { shutdown(handle) }
+    /// A system whose peers cannot vanish has nothing to probe.
+    public func setKeepAlive(_ handle: IOHandle, _ keepAlive: KeepAlive) {}
 }
 
 /// Where a socket listens or connects to; names are resolved already.

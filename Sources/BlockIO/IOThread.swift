@@ -174,6 +174,7 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
     public func perform(_ operation: IOOperation) async -> Int {
         await withUnsafeContinuation { continuation in
             let token = pending.insert(continuation, operation)
+            TracePoint.ioSubmit("token \(token.rawValue) \(operation.summary)")
             engine.submit(operation, token)
         }
     }
@@ -244,6 +245,7 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
     }
 
     private func complete(_ token: IOToken, _ result: Int) {
+        TracePoint.ioComplete("token \(token.rawValue) result \(result)")
         pending.remove(token)?.resume(returning: result)
     }
 

@@ -144,6 +144,8 @@ public final class Listener: @unchecked Sendable {
     public let handle: IOHandle
     /// Where it listens, the port filled in when it was 0.
     public let address: SocketAddress
+    /// Of the TCP connections that come.
+    public var keepAlive = KeepAlive()
     private let unlinksOnClose: Bool
     private var isClosed = false
 
@@ -180,7 +182,12 @@ public final class Listener: @unchecked Sendable {
             let result = await thread.perform(.accept(handle))
             if result >= 0 {
                 let connection = IOHandle(Int32(truncatingIfNeeded: result))
-                if address.isTCP { thread.system.prepareConnection(connection) }
+                if address.isTCP {
+                    thread.system.prepareConnection(connection)
+                    if keepAlive != KeepAlive() {
+                        thread.system.setKeepAlive(connection, keepAlive)
+                    }
+                }
                 return Socket(connection, on: thread)
             }
             if isClosed { return nil }

@@ -26,6 +26,8 @@ public final class TLSCredentials: @unchecked Sendable {
         case certificate(gnutls_certificate_credentials_t, parameters: gnutls_dh_params_t?)
         case serverKeys(gnutls_psk_server_credentials_t, [String: [UInt8]])
         case clientKey(gnutls_psk_client_credentials_t)
+        case anonymousServer(gnutls_anon_server_credentials_t)
+        case anonymousClient(gnutls_anon_client_credentials_t)
     }
 
     public let endpoint: TLSEndpoint
@@ -34,7 +36,7 @@ public final class TLSCredentials: @unchecked Sendable {
     let kind: Kind
     let priority: gnutls_priority_t
 
-    private init(
+    init(
         _ kind: Kind, _ endpoint: TLSEndpoint, verifiesPeer: Bool, priority: gnutls_priority_t
     ) {
         self.kind = kind
@@ -50,6 +52,8 @@ public final class TLSCredentials: @unchecked Sendable {
             if let parameters { gnutls_dh_params_deinit(parameters) }
         case .serverKeys(let credentials, _): gnutls_psk_free_server_credentials(credentials)
         case .clientKey(let credentials): gnutls_psk_free_client_credentials(credentials)
+        case .anonymousServer(let credentials): gnutls_anon_free_server_credentials(credentials)
+        case .anonymousClient(let credentials): gnutls_anon_free_client_credentials(credentials)
         }
         gnutls_priority_deinit(priority)
     }
@@ -212,7 +216,7 @@ public final class TLSCredentials: @unchecked Sendable {
     // MARK: Shared
 
     /// Every kind of credentials begins here, and so does the loading of GnuTLS.
-    private static func makePriority(_ text: String) throws(BlockError) -> gnutls_priority_t {
+    static func makePriority(_ text: String) throws(BlockError) -> gnutls_priority_t {
         if let reason = merino_gnutls_load() {
             throw BlockError(
                 .unsupported, "TLS needs GnuTLS: \(String(cString: reason))",

@@ -102,6 +102,12 @@ public final class TLSSession: @unchecked Sendable {
             return gnutls_credentials_set(session, GNUTLS_CRD_PSK, UnsafeMutableRawPointer(pointer))
         case .clientKey(let pointer):
             return gnutls_credentials_set(session, GNUTLS_CRD_PSK, UnsafeMutableRawPointer(pointer))
+        case .anonymousServer(let pointer):
+            return gnutls_credentials_set(
+                session, GNUTLS_CRD_ANON, UnsafeMutableRawPointer(pointer))
+        case .anonymousClient(let pointer):
+            return gnutls_credentials_set(
+                session, GNUTLS_CRD_ANON, UnsafeMutableRawPointer(pointer))
         }
     }
 
@@ -183,7 +189,7 @@ public final class TLSSession: @unchecked Sendable {
         switch credentials.kind {
         case .serverKeys:
             return gnutls_psk_server_get_username(session).map { String(cString: $0) }
-        case .clientKey: return nil
+        case .clientKey, .anonymousServer, .anonymousClient: return nil
         case .certificate: return certificateName()
         }
     }

@@ -23,6 +23,17 @@
     FUNCTION(int, gnutls_alert_send_appropriate, \
         (gnutls_session_t session, int err), \
         (session, err)) \
+    FUNCTION(int, gnutls_anon_allocate_client_credentials, \
+        (gnutls_anon_client_credentials_t *sc), \
+        (sc)) \
+    FUNCTION(int, gnutls_anon_allocate_server_credentials, \
+        (gnutls_anon_server_credentials_t *sc), \
+        (sc)) \
+    FUNCTION(void, gnutls_anon_free_client_credentials, (gnutls_anon_client_credentials_t sc), (sc)) \
+    FUNCTION(void, gnutls_anon_free_server_credentials, (gnutls_anon_server_credentials_t sc), (sc)) \
+    FUNCTION(int, gnutls_anon_set_server_known_dh_params, \
+        (gnutls_anon_server_credentials_t res, gnutls_sec_param_t sec_param), \
+        (res, sec_param)) \
     FUNCTION(int, gnutls_bye, \
         (gnutls_session_t session, gnutls_close_request_t how), \
         (session, how)) \
@@ -55,6 +66,15 @@
         (unsigned int status, gnutls_certificate_type_t type, gnutls_datum_t *out, \
          unsigned int flags), \
         (status, type, out, flags)) \
+    FUNCTION(int, gnutls_cipher_decrypt2, \
+        (gnutls_cipher_hd_t handle, const void *ciphertext, size_t ciphertextlen, void *plaintext, \
+         size_t plaintextlen), \
+        (handle, ciphertext, ciphertextlen, plaintext, plaintextlen)) \
+    FUNCTION(void, gnutls_cipher_deinit, (gnutls_cipher_hd_t handle), (handle)) \
+    FUNCTION(int, gnutls_cipher_init, \
+        (gnutls_cipher_hd_t *handle, gnutls_cipher_algorithm_t cipher, const gnutls_datum_t *key, \
+         const gnutls_datum_t *iv), \
+        (handle, cipher, key, iv)) \
     FUNCTION(int, gnutls_credentials_set, \
         (gnutls_session_t session, gnutls_credentials_type_t type, void *cred), \
         (session, type, cred)) \

@@ -8,10 +8,13 @@
 #include <pthread.h>
 #include <string.h>
 #include <signal.h>
+#include <linux/nbd.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/signalfd.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 const int linux_open_direct = O_DIRECT;
@@ -71,6 +74,70 @@ int linux_signal_descriptor(const int *signals, int count) {
 
 int linux_fork(void) {
     return fork();
+}
+
+int linux_nbd_attach(int device, int socket, uint64_t size, uint32_t block, uint32_t flags) {
+    // The kernel sends and receives without regard to the flag, but for errors that it makes of it.
+    int mode = fcntl(socket, F_GETFL);
+    if (mode < 0 || fcntl(socket, F_SETFL, mode & ~O_NONBLOCK) < 0) return -1;
+    ioctl(device, NBD_CLEAR_SOCK);
+    if (ioctl(device, NBD_SET_BLKSIZE, (unsigned long)block) < 0) return -1;
+    if (ioctl(device, NBD_SET_SIZE_BLOCKS, (unsigned long)(size / block)) < 0) return -1;
+    if (ioctl(device, NBD_SET_FLAGS, (unsigned long)flags) < 0) return -1;
+    return ioctl(device, NBD_SET_SOCK, (unsigned long)socket);
+}
+
+int linux_nbd_run(int device) {
+    int result = ioctl(device, NBD_DO_IT);
+    ioctl(device, NBD_CLEAR_QUE);
+    ioctl(device, NBD_CLEAR_SOCK);
+    return result;
+}
+
+int linux_nbd_detach(int device) {
+    int result = ioctl(device, NBD_DISCONNECT);
+    ioctl(device, NBD_CLEAR_SOCK);
+    return result;
+}
+
+ssize_t linux_receive_with_descriptors(
+    int fd, void *memory, size_t size, int *descriptors, int *count) {
+    enum { capacity = 32 };
+    union {
+        char bytes[CMSG_SPACE(capacity * sizeof(int))];
+        struct cmsghdr alignment;
+    } control;
+    int limit = *count < capacity ? *count : capacity;
+    struct iovec vector = {.iov_base = memory, .iov_len = size};
+    struct msghdr message = {
+        .msg_iov = &vector,
+        .msg_iovlen = 1,
+        .msg_control = control.bytes,
+        .msg_controllen = CMSG_SPACE(limit * sizeof(int)),
+    };
+    *count = 0;
+    ssize_t result = recvmsg(fd, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    if (result < 0) return result;
+    for (struct cmsghdr *part = CMSG_FIRSTHDR(&message); part != NULL;
+         part = CMSG_NXTHDR(&message, part)) {
+        if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
+        int found = (int)((part->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+        for (int index = 0; index < found; index++) {
+            int descriptor;
+            memcpy(&descriptor, CMSG_DATA(part) + index * sizeof(int), sizeof descriptor);
+            if (*count < limit) {
+                descriptors[(*count)++] = descriptor;
+            } else {
+                close(descriptor);
+            }
+        }
+    }
+    return result;
+}
+
+ssize_t linux_read_key(int serial, void *memory, size_t size) {
+    const int keyctl_read = 11;  // KEYCTL_READ of linux/keyctl.h
+    return syscall(SYS_keyctl, keyctl_read, serial, memory, size, 0);
 }
 
 void linux_name_thread(const char *name) {

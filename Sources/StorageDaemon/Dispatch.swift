@@ -24,13 +24,22 @@ extension StorageDaemon: QMPExecutor {
     ///
     /// Commands run one at a time, in the order in which they came, whichever client sent them:
     /// each finds the graph as the one before left it. Those out of band do not wait.
-    func execute(_ request: QMPSession.Request) async throws(BlockError) -> JSONValue {
+    ///
+    /// - Parameter descriptors: of the client that sent it.
+    func execute(
+        _ request: QMPSession.Request, from descriptors: PassedDescriptors? = nil
+    ) async throws(BlockError) -> JSONValue {
         guard let handler = Self.handlers[request.command.name] else {
             throw BlockError(.unsupported, "nobody runs '\(request.command.name)'")
         }
+        TracePoint.qmpCommand("command \(request.command.name)")
         if request.isOutOfBand { return try await handler(self)(request.arguments) }
         await turns.take()
-        defer { turns.pass() }
+        callerDescriptors = descriptors
+        defer {
+            callerDescriptors = nil
+            turns.pass()
+        }
         return try await handler(self)(request.arguments)
     }
 }

@@ -20,6 +20,14 @@ public final class StorageDaemon: @unchecked Sendable {
     var jobs: [CreationJob] = []
     /// Secrets, credentials and the like, by identifier.
     var objects: [String: DaemonObject] = [:]
+    /// What they were made with.
+    var objectProperties: [String: ObjectProperties] = [:]
+    /// By identifier.
+    var characterDevices: [String: any CharacterDevice] = [:]
+    /// Open files that a service manager handed over, by name.
+    var inheritedDescriptors: [String: Int32] = [:]
+    /// Of the client whose command is being run.
+    var callerDescriptors: PassedDescriptors?
     /// Commands wait here for those before them.
     let turns = Turns()
     /// Called with each event: its name, and its data.

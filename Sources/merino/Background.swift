@@ -90,25 +90,3 @@ enum Background {
         unlink(path)
     }
 }
-
-/// Listening sockets that a service manager opened and handed over: `LISTEN_FDS`, `LISTEN_PID`.
-enum ActivationSockets {
-    private static let first: Int32 = 3
-    private static let countMax: Int32 = 64
-
-    /// Their descriptors, none when they are not for this process. Takes the variables away, so that
-    /// no process started from here believes in them.
-    static func take() throws(BlockError) -> [Int32] {
-        guard let process = text("LISTEN_PID"), let count = text("LISTEN_FDS") else { return [] }
-        guard pid_t(process) == getpid() else { return [] }
-        for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] { unsetenv(name) }
-        guard let number = Int32(count), number >= 0, number <= countMax else {
-            throw BlockError(.invalidArgument, "LISTEN_FDS is '\(count)'")
-        }
-        return (0..<number).map { first + $0 }
-    }
-
-    private static func text(_ name: String) -> String? {
-        getenv(name).map { String(cString: $0) }
-    }
-}

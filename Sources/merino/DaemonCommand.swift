@@ -24,11 +24,18 @@ struct DaemonCommand: ParsableCommand {
         let options = try DaemonOptions(arguments)
         if options.wantsHelp { return print(DaemonOptions.help) }
         if options.wantsVersion { return print(Merino.configuration.version) }
+        for text in options.traces {
+            if Tracing.isHelp(text) { return StandardOutput.print(Tracing.help) }
+            try Tracing.apply(text)
+        }
         SignalSource.block(DaemonProgram.signals)
+        let inherited = try ServiceManager.takeDescriptors()
         guard options.daemonizes else {
-            return try DaemonProgram.run(options) { () throws(BlockError) in }
+            return try DaemonProgram.run(options, inherited) { () throws(BlockError) in }
         }
         let daemonization = try Daemonization.begin()
-        try DaemonProgram.run(options) { () throws(BlockError) in try daemonization.ready() }
+        try DaemonProgram.run(options, inherited) { () throws(BlockError) in
+            try daemonization.ready()
+        }
     }
 }

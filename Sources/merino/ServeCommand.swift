@@ -22,7 +22,8 @@ struct ServeCommand: ParsableCommand {
             Listening sockets of a service manager (LISTEN_FDS) take the place of -k, -p and -b.
             """)
 
-    @Argument(help: "The image.") var file: String
+    @Argument(help: "The image.") var file: String?
+    @OptionGroup var mode: ServeMode
     @OptionGroup var opening: ServeOpening
     @OptionGroup var refused: RefusedServeOptions
     @Option(
@@ -64,8 +65,12 @@ struct ServeCommand: ParsableCommand {
     var tlsCredentials: String?
     @Option(name: .customLong("tls-authz"), help: "Whom the authorization object lets in.")
     var tlsAuthorization: String?
-    @Option(help: "tls-creds-x509, tls-creds-psk, authz-simple or secret, with id=….")
+    @Option(help: "Credentials, authorization lists and secrets, with id=… and the like.")
     var object: [String] = []
+    @Option(
+        name: [.customShort("T", allowingJoined: true), .long],
+        help: "Tell what happens at trace events: [PATTERN][,events=FILE][,file=FILE], or help.")
+    var trace: [String] = []
     @Option(name: .customLong("pid-file"), help: "Write the process's number here when ready.")
     var pidFile: String?
     @Flag(
@@ -84,34 +89,98 @@ struct ServeCommand: ParsableCommand {
         if tlsAuthorization != nil, tlsCredentials == nil {
             throw ValidationError("--tls-authz needs --tls-creds")
         }
+        try mode.validate(hasFile: file != nil)
+        if mode.list, isAboutAnExport {
+            throw ValidationError("--list is incompatible with options of an export")
+        }
+        if mode.tlsHostname != nil, !mode.list || tlsCredentials == nil {
+            throw ValidationError("--tls-hostname is for --list with --tls-creds")
+        }
+        if mode.connect != nil, socket != nil || port != nil || bind != nil {
+            throw ValidationError("--connect and --socket, --port or --bind exclude each other")
+        }
+    }
+
+    private var isAboutAnExport: Bool {
+        exportName != "" || description != "" || allocationDepth || !bitmap.isEmpty
+            || opening.format != nil || opening.offset != nil || tlsAuthorization != nil
     }
 
     func run() throws {
         try Failure.rethrow { () throws(BlockError) in
             try refused.check()
-            if forks, !Background.isChild { try Background.start() }
+            for text in trace {
+                if Tracing.isHelp(text) { return StandardOutput.print(Tracing.help) }
+                try Tracing.apply(text)
+            }
+            if let device = mode.disconnect { return try NetworkBlockDevice.disconnect(device) }
+            if mode.list { return try listExports() }
+            // A device stays when the command returns.
+            if forks || (mode.connect != nil && !verbose), !Background.isChild {
+                try Background.start()
+            }
             try serve()
         }
     }
 
-    private func serverOptions(_ objects: ServeObjects) throws(BlockError) -> NBDServer.Options {
+    /// The objects of `--object`.
+    private func objects(on thread: IOThread) async throws(BlockError) -> StorageDaemon {
+        let objects = StorageDaemon(on: thread)
+        for text in object { try await objects.addObject(text) }
+        return objects
+    }
+
+    /// Those of `--object` that the image's options name.
+    private func secrets() throws(BlockError) -> [String] {
+        var result: [String] = []
+        for text in object {
+            let options = try KeyValue.parse(text, impliedKey: "qom-type")
+            if case .string(let type)? = options["qom-type"], type.hasPrefix("secret") {
+                result.append(text)
+            }
+        }
+        return result
+    }
+
+    // MARK: List
+
+    private func listExports() throws(BlockError) {
+        let command = self
+        let exports = try ToolSession.run { session throws(BlockError) in
+            let objects = try await command.objects(on: session.thread)
+            let credentials = try command.tlsCredentials.map { name throws(BlockError) in
+                try objects.tlsCredentials(name, for: .client)
+            }
+            // A certificate is for the name that was connected to.
+            let hostname = command.mode.tlsHostname ?? command.bind
+            return try await NBDRemoteServer.exports(
+                at: try command.address(connecting: true), credentials, hostname: hostname,
+                on: session.thread)
+        }
+        StandardOutput.print(ServeMode.describe(exports))
+    }
+
+    // MARK: Serve
+
+    private func serverOptions(
+        on thread: IOThread
+    ) async throws(BlockError) -> NBDServer.Options {
         var options = NBDServer.Options()
         options.connectionCountMax = shared
         options.handshakeSeconds = handshakeLimit
+        let objects = try await objects(on: thread)
         if let tlsCredentials {
-            options.credentials = try objects.credentials(named: tlsCredentials)
+            options.credentials = try objects.tlsCredentials(tlsCredentials, for: .server)
         }
         if let tlsAuthorization {
-            options.authorize = try objects.authorization(named: tlsAuthorization)
+            options.authorize = try objects.authorization(tlsAuthorization)
         }
         return options
     }
 
     private func serve() throws(BlockError) {
-        let objects = try ServeObjects(object)
-        let source = try opening.source(file, secrets: objects.secrets)
-        let options = try serverOptions(objects)
-        let inherited = try ActivationSockets.take()
+        let source = try opening.source(file ?? "", secrets: try secrets())
+        let inherited = try ServiceManager.takeDescriptors().map(\.descriptor)
         guard inherited.isEmpty || (socket == nil && port == nil && bind == nil) else {
             throw BlockError(
                 .invalidArgument, "-k, -p and -b are of no use with inherited sockets",
@@ -119,6 +188,7 @@ struct ServeCommand: ParsableCommand {
         }
         SignalSource.block([SIGINT, SIGTERM, SIGHUP])
         try ToolSession.run { session throws(BlockError) in
+            let options = try await serverOptions(on: session.thread)
             let node = try await opening.open(source, in: session)
             var bitmaps: [NBDExport.Bitmap] = []
             for name in bitmap { bitmaps.append(try .init(named: name, below: node)) }
@@ -132,7 +202,7 @@ struct ServeCommand: ParsableCommand {
                 if isVerbose { StandardError.print("\(Merino.program): \(message)") }
             }
             try server.add(export)
-            try listen(server, inherited)
+            if mode.connect == nil { try listen(server, inherited) }
             try await serveUntilDone(server, on: session.thread)
         }
     }
@@ -151,13 +221,17 @@ struct ServeCommand: ParsableCommand {
         _ server: NBDServer, on thread: IOThread
     ) async throws(BlockError) {
         let signals = try SignalSource([SIGINT, SIGTERM, SIGHUP], on: thread)
-        if !persistent { server.lastClientLeft = { signals.cancel() } }
+        if !persistent || mode.connect != nil { server.lastClientLeft = { signals.cancel() } }
+        let device = try await connectDevice(to: server)
         if let pidFile { try Background.writeNumber(to: pidFile) }
         if printURI { StandardOutput.print(try uri() + "\n") }
         Background.ready()
+        ServiceManager.notify("READY=1\nMAINPID=\(getpid())")
         CodePages.release(after: 1, on: thread)
         _ = await signals.next()
+        ServiceManager.notify("STOPPING=1")
         if let pidFile { Background.removeNumber(at: pidFile) }
+        await device?.detach()
         try await server.stop()
     }
 
@@ -173,12 +247,24 @@ struct ServeCommand: ParsableCommand {
             ], export: exportName)
     }
 
-    private func address() throws(BlockError) -> SocketAddress {
+    /// The device of `--connect`, as a client of the server.
+    private func connectDevice(
+        to server: NBDServer
+    ) async throws(BlockError) -> NetworkBlockDevice? {
+        guard let path = mode.connect else { return nil }
+        let device = try NetworkBlockDevice(path, on: server.thread)
+        try await device.attach(to: server, exportName)
+        if verbose { StandardError.print("\(Merino.program): \(path) is connected") }
+        return device
+    }
+
+    private func address(connecting: Bool = false) throws(BlockError) -> SocketAddress {
         if let socket { return .unix(path: socket) }
-        let host = bind ?? "0.0.0.0"
+        let host = bind ?? (connecting ? "localhost" : "0.0.0.0")
         guard
-            let first = try SocketAddress.resolve(host: host, port: port ?? 10809, passive: true)
-                .first
+            let first = try SocketAddress.resolve(
+                host: host, port: port ?? 10809, passive: !connecting
+            ).first
         else { throw BlockError(.notFound, "cannot resolve '\(host)'") }
         return first
     }
@@ -257,20 +343,16 @@ struct ServeOpening: ParsableArguments {
     }
 }
 
-/// Options of `qemu-nbd(8)` that need what is not there yet: each is refused by its name.
+/// Options of `qemu-nbd(8)` that are not there: each is refused by its name.
 struct RefusedServeOptions: ParsableArguments {
-    @Option(name: [.customShort("c"), .long], help: .hidden) var connect: String?
-    @Flag(name: [.customShort("d"), .long], help: .hidden) var disconnect = false
-    @Flag(name: [.customShort("L"), .long], help: .hidden) var list = false
-    @Option(name: .customLong("tls-hostname"), help: .hidden) var tlsHostname: String?
     @Option(name: [.customShort("P"), .long], help: .hidden) var partition: String?
 
     func check() throws(BlockError) {
-        let given: [(Bool, String)] = [
-            (connect != nil, "--connect"),
-            (disconnect, "--disconnect"), (list, "--list"),
-            (tlsHostname != nil, "--tls-hostname"), (partition != nil, "--partition"),
-        ]
-        for (isGiven, name) in given where isGiven { throw .notThere(name) }
+        if partition != nil {
+            throw BlockError(
+                .unsupported, "--partition is no option of qemu-nbd any more",
+                remedy: "serve the part of the image with --offset, or with --image-opts "
+                    + "driver=raw,offset=…,size=…")
+        }
     }
 }

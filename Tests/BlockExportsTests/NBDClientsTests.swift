@@ -1,5 +1,6 @@
 import BlockCore
 import BlockTLS
+import BlockTesting
 import Foundation
 import Testing
 
@@ -282,7 +283,7 @@ import Testing
     func certificates(verifiesPeer: Bool = true) throws -> NBDServer.Options {
         secure(
             try .x509(
-                directory: Certificates.path("x509"), endpoint: .server,
+                directory: TestCertificates.path("x509"), endpoint: .server,
                 verifiesPeer: verifiesPeer))
     }
 
@@ -291,7 +292,7 @@ import Testing
             try server.python(
                 """
                 h.set_tls(nbd.TLS_REQUIRE)
-                h.set_tls_certificates('\(Certificates.path("x509"))')
+                h.set_tls_certificates('\(TestCertificates.path("x509"))')
                 h.set_tls_verify_peer(True)
                 h.set_export_name('disk')
                 h.connect_tcp('localhost', '\(server.port)')
@@ -307,7 +308,7 @@ import Testing
     @Test func qemuConnectsWithCertificates() async throws {
         try await NBDTestServer.with(options: certificates()) { server in
             let object =
-                "tls-creds-x509,id=t,endpoint=client,dir=\(Certificates.path("x509"))"
+                "tls-creds-x509,id=t,endpoint=client,dir=\(TestCertificates.path("x509"))"
             try server.check([
                 "qemu-img", "convert", "--object", object, "-O", "raw", "--image-opts",
                 "driver=nbd,host=127.0.0.1,port=\(server.port),export=fixed,tls-creds=t", "copy",
@@ -317,14 +318,14 @@ import Testing
     }
 
     @Test func sharedKeysWorkForBoth() async throws {
-        let options = secure(try .psk(directory: Certificates.path("psk"), endpoint: .server))
+        let options = secure(try .psk(directory: TestCertificates.path("psk"), endpoint: .server))
         try await NBDTestServer.with(options: options) { server in
-            let keys = Certificates.path("psk/keys.psk")
+            let keys = TestCertificates.path("psk/keys.psk")
             let uri =
                 "nbds+unix://qemu@/fixed?socket=\(server.socketPath)&tls-psk-file=\(keys)"
             try server.check(["nbdcopy", uri, "copy"])
             #expect(try server.contents("copy") == server.contents("fixed"))
-            let object = "tls-creds-psk,id=t,endpoint=client,dir=\(Certificates.path("psk"))"
+            let object = "tls-creds-psk,id=t,endpoint=client,dir=\(TestCertificates.path("psk"))"
             try server.check([
                 "qemu-img", "convert", "--object", object, "-O", "raw", "--image-opts",
                 "driver=nbd,host=127.0.0.1,port=\(server.port),export=fixed,tls-creds=t", "copy2",
@@ -346,7 +347,7 @@ import Testing
             try server.python(
                 """
                 h.set_tls(nbd.TLS_REQUIRE)
-                h.set_tls_certificates('\(Certificates.path("stranger"))')
+                h.set_tls_certificates('\(TestCertificates.path("stranger"))')
                 h.set_tls_verify_peer(False)
                 h.set_export_name('disk')
                 try:
@@ -371,7 +372,7 @@ import Testing
                 try server.python(
                     """
                     h.set_tls(nbd.TLS_REQUIRE)
-                    h.set_tls_certificates('\(Certificates.path("x509"))')
+                    h.set_tls_certificates('\(TestCertificates.path("x509"))')
                     h.set_export_name('disk')
                     try:
                         h.connect_tcp('localhost', '\(server.port)')

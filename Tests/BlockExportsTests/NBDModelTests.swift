@@ -61,8 +61,8 @@ final class ModelRun: @unchecked Sendable {
             (server, client) = (nil, nil)
             return
         }
-        server = try .x509(directory: Certificates.path("x509"), endpoint: .server)
-        client = try .x509(directory: Certificates.path("x509"), endpoint: .client)
+        server = try .x509(directory: TestCertificates.path("x509"), endpoint: .server)
+        client = try .x509(directory: TestCertificates.path("x509"), endpoint: .client)
     }
 
     func run(crashes: Bool) async throws {

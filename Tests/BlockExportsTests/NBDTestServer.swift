@@ -186,25 +186,3 @@ final class NBDTestServer: @unchecked Sendable {
         try Data(contentsOf: URL(fileURLWithPath: "\(folder)/\(name)"))
     }
 }
-
-/// Certificates and keys in a private directory, made once.
-enum Certificates {
-    static let directory: String = {
-        let path = NSTemporaryDirectory() + "merino-nbd-tls-\(UUID().uuidString)"
-        let script = URL(fileURLWithPath: #filePath).deletingLastPathComponent()
-            .deletingLastPathComponent().appendingPathComponent("Support/make-certificates").path
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/bin/sh")
-        process.arguments = [script, path]
-        do {
-            try process.run()
-            process.waitUntilExit()
-        } catch {
-            Issue.record("cannot run \(script): \(error)")
-        }
-        atexit { try? FileManager.default.removeItem(atPath: Certificates.directory) }
-        return path
-    }()
-
-    static func path(_ name: String) -> String { "\(directory)/\(name)" }
-}

@@ -1,5 +1,6 @@
 import BlockCore
 import BlockTLS
+import BlockTesting
 import Foundation
 import Testing
 
@@ -286,7 +287,7 @@ import Testing
     @Test func theServerStopsInAHandshakeOfTLS() async throws {
         var options = NBDServer.Options()
         options.credentials = try .x509(
-            directory: Certificates.path("x509"), endpoint: .server)
+            directory: TestCertificates.path("x509"), endpoint: .server)
         for bytes: [UInt8] in [[], [0x16], [0x16, 3, 1, 0, 200, 1]] {
             try await NBDTestServer.with(options: options) { server in
                 let client = try Raw(unix: server.socketPath)
@@ -303,7 +304,7 @@ import Testing
     @Test func plaintextBehindStartTLSEndsTheConnection() async throws {
         var options = NBDServer.Options()
         options.credentials = try .x509(
-            directory: Certificates.path("x509"), endpoint: .server)
+            directory: TestCertificates.path("x509"), endpoint: .server)
         try await NBDTestServer.with(options: options) { server in
             let client = try Raw(unix: server.socketPath)
             client.send(Raw.flags + Raw.option(5) + Raw.option(3))

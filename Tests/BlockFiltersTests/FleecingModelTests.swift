@@ -62,28 +62,8 @@ private final class FleecingModel: @unchecked Sendable {
             on: thread,
             registry: DriverRegistry(
                 BlockProtocols.drivers + BlockFormats.drivers + BlockFilters.drivers))
-        for name in ["disk", "temp"] {
-            _ = try await graph.open(
-                [
-                    "driver": "raw", "node-name": .string(name), "discard": "unmap",
-                    "file": ["driver": "file", "filename": .string("/" + name)],
-                ], monitorOwned: true)
-        }
-        var filter: JSONObject = [
-            "driver": "copy-before-write", "node-name": "cbw", "file": "disk", "target": "temp",
-            "discard": "unmap",
-        ]
-        if case .object(let more) = options {
-            for (key, value) in more.members { filter[key] = value }
-        }
-        let cbw = try await graph.open(.object(filter), monitorOwned: true)
-        let access = try await graph.open(
-            ["driver": "snapshot-access", "node-name": "snap", "file": "cbw", "discard": "unmap"],
-            monitorOwned: true)
-        guest = try graph.attach(
-            NamedUser("guest"), to: cbw, Access(uses: [.consistentRead, .write], shares: .all))
-        snapshot = try graph.attach(
-            NamedUser("backup"), to: access, Access(uses: [.consistentRead, .write], shares: .all))
+        let ends = try await FleecingEnds(in: graph, folder: "", options: options)
+        (guest, snapshot) = (ends.guest, ends.snapshot)
     }
 
     /// Guest requests and a reader of the snapshot, at the same time.

@@ -4,6 +4,7 @@ import BlockFormats
 import BlockGraph
 import BlockIO
 import BlockProtocols
+import BlockTesting
 import QMP
 import Testing
 
@@ -64,30 +65,8 @@ final class FleecingGraph: @unchecked Sendable {
             }
             await file.close()
         }
-        func file(_ name: String) -> JSONValue {
-            [
-                "driver": "raw",
-                "file": ["driver": "file", "filename": .string("\(folder)/\(name)")],
-                "node-name": .string(name), "discard": "unmap",
-            ]
-        }
-        _ = try await graph.open(file("disk"), monitorOwned: true)
-        _ = try await graph.open(file("temp"), monitorOwned: true)
-        var filter: JSONObject = [
-            "driver": "copy-before-write", "node-name": "cbw", "file": "disk", "target": "temp",
-            "discard": "unmap",
-        ]
-        if case .object(let more) = options {
-            for (key, value) in more.members { filter[key] = value }
-        }
-        let cbw = try await graph.open(.object(filter), monitorOwned: true)
-        let access = try await graph.open(
-            ["driver": "snapshot-access", "node-name": "snap", "file": "cbw", "discard": "unmap"],
-            monitorOwned: true)
-        guest = try graph.attach(
-            NamedUser("guest"), to: cbw, Access(uses: [.consistentRead, .write], shares: .all))
-        snapshot = try graph.attach(
-            NamedUser("backup"), to: access, Access(uses: [.consistentRead, .write], shares: .all))
+        let ends = try await FleecingEnds(in: graph, folder: folder, options: options)
+        (guest, snapshot) = (ends.guest, ends.snapshot)
     }
 
     func write(_ offset: Int, _ count: Int, _ value: UInt8) async throws(BlockError) {

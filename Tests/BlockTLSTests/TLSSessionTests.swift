@@ -1,30 +1,9 @@
 import BlockCore
+import BlockTesting
 import Foundation
 import Testing
 
 @testable import BlockTLS
-
-/// Certificates and keys in a private directory, made once.
-enum Certificates {
-    static let directory: String = {
-        let path = NSTemporaryDirectory() + "merino-tls-\(UUID().uuidString)"
-        let script = URL(fileURLWithPath: #filePath).deletingLastPathComponent()
-            .deletingLastPathComponent().appendingPathComponent("Support/make-certificates").path
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/bin/sh")
-        process.arguments = [script, path]
-        do {
-            try process.run()
-            process.waitUntilExit()
-        } catch {
-            Issue.record("cannot run \(script): \(error)")
-        }
-        atexit { try? FileManager.default.removeItem(atPath: Certificates.directory) }
-        return path
-    }()
-
-    static func path(_ name: String) -> String { "\(directory)/\(name)" }
-}
 
 /// A client and a server whose ciphertext goes to each other in memory.
 final class Pair {
@@ -95,7 +74,7 @@ final class Pair {
         _ endpoint: TLSEndpoint, _ name: String = "x509", verifiesPeer: Bool = true
     ) throws(BlockError) -> TLSCredentials {
         try .x509(
-            directory: Certificates.path(name), endpoint: endpoint, verifiesPeer: verifiesPeer)
+            directory: TestCertificates.path(name), endpoint: endpoint, verifiesPeer: verifiesPeer)
     }
 
     func send(_ text: String, _ from: TLSSession) throws {
@@ -122,8 +101,8 @@ final class Pair {
 
     @Test func sharedKeysConnectAndNameTheUser() throws {
         let pair = try Pair(
-            .psk(directory: Certificates.path("psk"), endpoint: .server),
-            .psk(directory: Certificates.path("psk"), endpoint: .client, username: "other"))
+            .psk(directory: TestCertificates.path("psk"), endpoint: .server),
+            .psk(directory: TestCertificates.path("psk"), endpoint: .client, username: "other"))
         try pair.connect()
         #expect(pair.serverError == nil && pair.clientError == nil)
         #expect(pair.server.peerName == "other")
@@ -137,7 +116,7 @@ final class Pair {
         try "qemu:00112233445566778899aabbccddeeff\n".write(
             toFile: directory + "/keys.psk", atomically: true, encoding: .utf8)
         let pair = try Pair(
-            .psk(directory: Certificates.path("psk"), endpoint: .server),
+            .psk(directory: TestCertificates.path("psk"), endpoint: .server),
             .psk(directory: directory, endpoint: .client))
         try pair.connect()
         #expect(pair.serverError != nil)
@@ -181,7 +160,7 @@ final class Pair {
             atPath: directory, withIntermediateDirectories: true)
         defer { try? FileManager.default.removeItem(atPath: directory) }
         try FileManager.default.copyItem(
-            atPath: Certificates.path("x509/ca-cert.pem"), toPath: directory + "/ca-cert.pem")
+            atPath: TestCertificates.path("x509/ca-cert.pem"), toPath: directory + "/ca-cert.pem")
         for verifiesPeer in [true, false] {
             let pair = try Pair(
                 x509(.server, verifiesPeer: verifiesPeer),
@@ -196,7 +175,7 @@ final class Pair {
         let old = "NORMAL:-VERS-ALL:+VERS-TLS1.0:+VERS-TLS1.1"
         #expect(throws: BlockError.self) {
             let credentials = try TLSCredentials.x509(
-                directory: Certificates.path("x509"), endpoint: .client, priority: old)
+                directory: TestCertificates.path("x509"), endpoint: .client, priority: old)
             let pair = try Pair(self.x509(.server), credentials)
             try pair.connect()
             if let error = pair.clientError { throw error }
@@ -291,11 +270,11 @@ final class Pair {
         }
         #expect(throws: BlockError.self) {
             _ = try TLSCredentials.psk(
-                directory: Certificates.path("psk"), endpoint: .client, username: "nobody")
+                directory: TestCertificates.path("psk"), endpoint: .client, username: "nobody")
         }
         #expect(throws: BlockError.self) {
             _ = try TLSCredentials.x509(
-                directory: Certificates.path("x509"), endpoint: .server, priority: "NONSENSE")
+                directory: TestCertificates.path("x509"), endpoint: .server, priority: "NONSENSE")
         }
     }
 
@@ -307,5 +286,21 @@ final class Pair {
                 try SharedKeys.parse(Array(bad.utf8), path: "k")
             }
         }
+    }
+
+    @Test func sidesWithoutCredentialsConnectAnonymously() throws {
+        let pair = try Pair(.anonymous(endpoint: .server), .anonymous(endpoint: .client))
+        try pair.connect()
+        #expect(pair.server.isEstablished && pair.client.isEstablished)
+        #expect(pair.server.peerName == nil)
+        try send("hello", pair.client)
+        _ = try pair.carry(pair.client, to: pair.server)
+        #expect(try pair.read(pair.server) == Array("hello".utf8))
+    }
+
+    @Test func anAnonymousClientDoesNotPassForOneWithACertificate() throws {
+        let pair = try Pair(x509(.server), .anonymous(endpoint: .client))
+        try pair.connect()
+        #expect(!pair.server.isEstablished)
     }
 }

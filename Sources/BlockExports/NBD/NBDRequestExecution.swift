@@ -26,9 +26,14 @@ struct NBDRequestExecution {
 
     /// Executes the request and queues its reply, where that can be done without waiting.
     ///
+    /// Called once for each request, first of all.
+    ///
     /// - Returns: `false` where it cannot: ``run(_:)`` does it then, or tells what is wrong.
     @inline(__always)
     func runNow(_ payload: IOVector) -> Bool {
+        TracePoint.nbdRequest(
+            "node \(edge.node.name) command \(request.command) offset \(request.range.offset) "
+                + "bytes \(request.range.count) flags \(request.flags.rawValue)")
         switch request.command {
         case .read where !request.range.isEmpty:
             guard let data = try? IOVector(allocating: request.range.count),

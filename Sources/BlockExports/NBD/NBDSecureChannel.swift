@@ -23,9 +23,12 @@ final class NBDSecureChannel: NBDChannel, @unchecked Sendable {
     private var isSending = false
     private var isEnded = false
 
-    init(_ socket: Socket, _ credentials: TLSCredentials) throws(BlockError) {
+    /// - Parameter hostname: what a client expects in its server's certificate.
+    init(
+        _ socket: Socket, _ credentials: TLSCredentials, hostname: String? = nil
+    ) throws(BlockError) {
         self.socket = socket
-        session = try TLSSession(credentials)
+        session = try TLSSession(credentials, hostname: hostname)
         input = try IOBuffer(count: Self.inputBytes)
     }
 

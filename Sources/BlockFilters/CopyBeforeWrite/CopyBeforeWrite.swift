@@ -37,8 +37,8 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     public let child: Edge
     let target: Edge
     let clusterSize: Int
-    private let onError: OnError
-    private let timeoutNanoseconds: UInt64
+    private var onError: OnError
+    private var timeoutNanoseconds: UInt64
 
     /// Clusters whose old data must be copied before they change.
     private var waiting: ClusterBitmap
@@ -84,17 +84,9 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     // MARK: Open
 
     static func open(_ opening: NodeOpening) async throws(BlockError) -> CopyBeforeWrite {
-        if opening.node.options.sharesAll {
-            throw BlockError(
-                .invalidArgument, "force-share=on would let others change what is frozen")
-        }
         let options = opening.options
-        let onError = try options.enumeration("on-cbw-error", as: OnError.self) ?? .breakGuestWrite
-        let timeout = try options.int("cbw-timeout") ?? 0
+        let (onError, timeout) = try policy(options, opening.node.options)
         let clusterSizeMin = try options.size("min-cluster-size") ?? 0
-        guard timeout >= 0, timeout <= Int(UInt32.max) else {
-            throw BlockError(.invalidArgument, "'cbw-timeout' is out of bounds: \(timeout) seconds")
-        }
         guard clusterSizeMin == 0 || clusterSizeMin.isPowerOfTwo, clusterSizeMin <= clusterSizeMax
         else {
             throw BlockError(
@@ -115,11 +107,41 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         let clusterSize = max(Self.clusterSizeMin, max(clusterSizeMin, targetCluster))
         let filter = try CopyBeforeWrite(
             node: opening.node, child: child, target: target, clusterSize: clusterSize,
-            onError: onError, timeoutNanoseconds: UInt64(timeout) * 1_000_000_000)
+            onError: onError, timeoutNanoseconds: timeout)
         if let bitmap = try options.value("bitmap") {
             try filter.restrict(to: bitmap, opening)
         }
         return filter
+    }
+
+    /// What happens when a copy fails, and how long it may take, in nanoseconds.
+    private static func policy(
+        _ options: OptionReader, _ nodeOptions: NodeOptions
+    ) throws(BlockError) -> (OnError, timeoutNanoseconds: UInt64) {
+        if nodeOptions.sharesAll {
+            throw BlockError(
+                .invalidArgument, "force-share=on would let others change what is frozen")
+        }
+        let onError = try options.enumeration("on-cbw-error", as: OnError.self) ?? .breakGuestWrite
+        let timeout = try options.int("cbw-timeout") ?? 0
+        guard timeout >= 0, timeout <= Int(UInt32.max) else {
+            throw BlockError(.invalidArgument, "'cbw-timeout' is out of bounds: \(timeout) seconds")
+        }
+        return (onError, UInt64(timeout) * 1_000_000_000)
+    }
+
+    /// What happens on errors can change; the snapshot is what it is.
+    public func prepareReopening(
+        _ reopening: NodeReopening
+    ) async throws(BlockError) -> DriverReopening {
+        let (onError, timeout) = try Self.policy(reopening.options, reopening.nodeOptions)
+        for key in ["bitmap", "min-cluster-size"] { try reopening.requireUnchanged(key) }
+        var result = DriverReopening()
+        result.commit = {
+            self.onError = onError
+            self.timeoutNanoseconds = timeout
+        }
+        return result
     }
 
     /// Only clusters that the dirty bitmap names belong to the snapshot.
@@ -342,6 +364,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
 
     private func copyRun(_ clusters: Range<Int>) async throws(BlockError) {
         let range = bytes(of: clusters)
+        TracePoint.cbwCopy("node \(node.name) offset \(range.offset) bytes \(range.count)")
         let memory = try IOVector(allocating: range.count)
         try await child.read(range.offset, into: memory)
         if memory.isZero {

@@ -204,6 +204,11 @@ extension QCOW2Driver {
 
     public func close() async throws(BlockError) {
         cleaner?.cancel()
+        try await writeOutForClosing()
+    }
+
+    /// Leaves the image as a program finds it that opens it next. The driver can go on.
+    func writeOutForClosing() async throws(BlockError) {
         guard !node.isReadOnly, image.writeFailure == nil else { return }
         // Twice: what the first gives back changes counts.
         try await commit()

@@ -32,35 +32,19 @@ extension QCOW2Driver {
             node.setReadOnly()
         }
         var header = try await readHeader(file)
-        try checkUse(header, node)
-        if header.incompatible.contains(.dirty), !node.isReadOnly {
-            try await QCOW2Check.repairDirty(file, header, on: opening.thread)
-            header = try await readHeader(file)
-        }
-        let options = try QCOW2Options(
-            reading: opening.options, header, discards: node.options.discards)
-        let image = QCOW2Image(node, file, header)
-        image.overlapCheck = options.overlapCheck
-        image.l1 = try await readTable(file, header.l1Offset, header.l1EntryCount)
-        var refcountTable: [UInt64] = []
         if !node.isReadOnly {
-            refcountTable = try await readTable(
-                file, header.refcountTableOffset,
-                header.refcountTableClusters << (header.clusterBits - 3))
-            try checkTables(image, refcountTable)
+            try checkWritable(header)
+            if header.incompatible.contains(.dirty) {
+                try await QCOW2Check.repairDirty(file, header, on: opening.thread)
+                header = try await readHeader(file)
+            }
         }
         _ = try await opening.child(
             "backing", roles: .cow, fallback: try await backingOptions(header, opening, file))
         let data = try await openDataFile(header, opening, file)
-        let driver = QCOW2Driver(
-            opening, file, data: data, image, options, refcountTable: refcountTable)
-        driver.encryption = try await QCOW2Encryption.open(header, file, opening)
-        if driver.isEncrypted {
-            node.limits.requestAlignment = max(
-                node.limits.requestAlignment, ImageCipher.sectorSize)
-        }
-        try await driver.loadSnapshots()
-        try await driver.bitmaps.readDirectory()
+        let driver = try await make(
+            node, file, data: data, try await QCOW2Encryption.open(header, file, opening), header,
+            opening.options, writable: !node.isReadOnly)
         if !node.isReadOnly {
             try await driver.growDataFile(to: node.size)
             try await driver.prepareWriting()
@@ -70,7 +54,34 @@ extension QCOW2Driver {
         return driver
     }
 
-    private static func readHeader(_ file: Edge) async throws(BlockError) -> QCOW2.Header {
+    /// The driver of an image, from what the file has; nothing is written.
+    static func make(
+        _ node: BlockNode, _ file: Edge, data: Edge?, _ encryption: QCOW2Encryption?,
+        _ header: QCOW2.Header, _ reader: OptionReader, writable: Bool, discards: Bool? = nil
+    ) async throws(BlockError) -> QCOW2Driver {
+        if writable { try checkWritable(header) }
+        let options = try QCOW2Options(
+            reading: reader, header, discards: discards ?? node.options.discards)
+        let image = QCOW2Image(node, file, header)
+        image.overlapCheck = options.overlapCheck
+        image.l1 = try await readTable(file, header.l1Offset, header.l1EntryCount)
+        var refcountTable: [UInt64] = []
+        if writable {
+            refcountTable = try await readTable(
+                file, header.refcountTableOffset,
+                header.refcountTableClusters << (header.clusterBits - 3))
+            try checkTables(image, refcountTable)
+        }
+        let driver = QCOW2Driver(
+            node, file, data: data, image, options, refcountTable: refcountTable)
+        driver.encryption = encryption
+        driver.takeLimits()
+        try await driver.loadSnapshots(writable: writable)
+        try await driver.bitmaps.readDirectory()
+        return driver
+    }
+
+    static func readHeader(_ file: Edge) async throws(BlockError) -> QCOW2.Header {
         func read(_ count: Int) async throws(BlockError) -> [UInt8] {
             let vector = try IOVector(allocating: min(count, file.size))
             try await file.read(0, into: vector)
@@ -99,8 +110,7 @@ extension QCOW2Driver {
     }
 
     /// What may be done with an image depends on how it is opened.
-    private static func checkUse(_ header: QCOW2.Header, _ node: BlockNode) throws(BlockError) {
-        if node.isReadOnly { return }
+    private static func checkWritable(_ header: QCOW2.Header) throws(BlockError) {
         if header.incompatible.contains(.corrupt) {
             throw BlockError(
                 .corrupt, "the image is marked corrupt and cannot be written",
@@ -228,7 +238,7 @@ extension QCOW2Driver {
     }
 
     /// Drops unused tables from memory now and then.
-    private func startCleaning() {
+    func startCleaning() {
         guard options.cacheCleanInterval > 0 else { return }
         let timer = IOTimer(on: thread)
         cleaner = timer

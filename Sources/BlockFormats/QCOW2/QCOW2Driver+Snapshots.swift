@@ -454,7 +454,9 @@ extension QCOW2Driver: InternalSnapshotStore {
     // MARK: Open
 
     /// Reads the snapshot table of an image that was just opened.
-    func loadSnapshots() async throws(BlockError) {
+    ///
+    /// - Parameter writable: the image will be written.
+    func loadSnapshots(writable: Bool) async throws(BlockError) {
         let header = image.header
         guard header.snapshotCount > 0 else { return }
         let start = header.snapshotsOffset
@@ -482,7 +484,7 @@ extension QCOW2Driver: InternalSnapshotStore {
             wanted = min(most, wanted * 2)
         }
         // Who only reads the disk needs none of it.
-        if node.isReadOnly { return }
+        guard writable else { return }
         for snapshot in snapshots { try checkPlace(of: snapshot) }
         try await noteSnapshotClusters()
     }

@@ -40,8 +40,6 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     /// Version 3. Changed by `amend` alone.
     var hasZeroFlag: Bool
     let hasSubclusters: Bool
-    /// Opened to be written.
-    let isWritable: Bool
 
     let l2: QCOW2TableCache
     let refcounts: QCOW2Refcounts
@@ -92,17 +90,16 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     }
 
     init(
-        _ opening: NodeOpening, _ file: Edge, data: Edge?, _ image: QCOW2Image,
+        _ node: BlockNode, _ file: Edge, data: Edge?, _ image: QCOW2Image,
         _ options: QCOW2Options, refcountTable: [UInt64]
     ) {
-        node = opening.node
-        thread = opening.thread
+        self.node = node
+        thread = node.thread
         self.file = file
         self.data = data ?? file
         hasDataFile = data != nil
         self.image = image
         self.options = options
-        isWritable = !opening.node.isReadOnly
         geometry = image.geometry
         hasZeroFlag = image.header.version == 3
         hasSubclusters = image.geometry.hasSubclusters
@@ -114,10 +111,22 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
             image, table: refcountTable, cacheBytes: options.refcountCacheBytes)
         bitmaps = QCOW2Bitmaps(image, refcounts)
         node.size = image.header.size
-        node.limits = self.data.node.limits
-        node.limits.requestAlignment = min(
-            node.limits.requestAlignment, geometry.clusterSize)
-        node.limits.allocationUnit = geometry.clusterSize
+        takeLimits()
+    }
+
+    /// Again once it is known whether the image is encrypted.
+    func takeLimits() {
+        var limits = data.node.limits
+        limits.requestAlignment = min(limits.requestAlignment, geometry.clusterSize)
+        if isEncrypted {
+            limits.requestAlignment = max(limits.requestAlignment, ImageCipher.sectorSize)
+        }
+        limits.allocationUnit = geometry.clusterSize
+        node.limits = limits
+    }
+
+    public func childLimitsChanged(_ edge: Edge) {
+        if edge === data { takeLimits() }
     }
 
     public var snapshotStore: (any InternalSnapshotStore)? { self }
@@ -135,12 +144,6 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     }
 
     public func checkAccess(_ access: Access) throws(BlockError) {
-        // Opened to be read, it knows no refcounts.
-        guard node.isReadOnly || isWritable else {
-            throw BlockError(
-                .unsupported, "the image was opened to be read, and cannot become writable",
-                remedy: "close it, and open it with read-only=off", node: node.name)
-        }
         try checkKey(access)
     }
 

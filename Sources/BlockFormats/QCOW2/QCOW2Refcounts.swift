@@ -139,6 +139,8 @@ final class QCOW2Refcounts {
     private func grown(_ run: Run) async throws(BlockError) -> Allocation {
         let end = run.first + run.count
         let offset = run.first << geometry.clusterBits
+        TracePoint.qcow2Allocate(
+            "node \(image.node.name) offset \(offset) clusters \(run.count)")
         do throws(BlockError) {
             if end << geometry.clusterBits > image.file.size {
                 try await image.ensureSize(end << geometry.clusterBits)

@@ -11,54 +11,94 @@ import QMP
 public final class RawDriver: BlockDriver, @unchecked Sendable {
     private let node: BlockNode
     private let file: Edge
-    private let offset: Int
-    /// Set where the window does not go on to the end of the child.
-    private let windowSize: Int?
+    private var window: Window
     private let header: HeaderGuard?
 
-    private init(
-        _ node: BlockNode, _ file: Edge, offset: Int, windowSize: Int?, header: HeaderGuard?
-    ) {
+    private var offset: Int { window.offset }
+
+    private init(_ node: BlockNode, _ file: Edge, _ window: Window, header: HeaderGuard?) {
         self.node = node
         self.file = file
-        self.offset = offset
-        self.windowSize = windowSize
+        self.window = window
         self.header = header
         takeSize()
     }
 
     static func open(_ opening: NodeOpening) async throws(BlockError) -> RawDriver {
-        let offset = try opening.options.size("offset") ?? 0
-        let size = try opening.options.size("size")
+        let window = try Window(opening.options)
         let isProbed = try opening.options.bool("x-probed") ?? false
         let file = try await opening.requiredChild("file", roles: [.data, .primary])
-        guard offset >= 0, offset.isAligned(to: 512) else {
-            throw BlockError(.invalidArgument, "'offset' must be a multiple of 512, not \(offset)")
-        }
-        if let size, size < 0 || !size.isAligned(to: 512) {
-            throw BlockError(.invalidArgument, "'size' must be a multiple of 512, not \(size)")
-        }
-        guard let end = offset.adding(size ?? 0), end <= file.size else {
-            throw BlockError(
-                .invalidArgument,
-                "the window at \(offset) of \(size ?? 0) bytes reaches past the end of "
-                    + "'\(file.node.name)' at \(file.size)")
-        }
+        try window.check(against: file)
         return RawDriver(
-            opening.node, file, offset: offset, windowSize: size,
-            header: isProbed ? HeaderGuard(opening.graph.registry) : nil)
+            opening.node, file, window, header: isProbed ? HeaderGuard(opening.graph.registry) : nil
+        )
+    }
+
+    /// The part of the child that the node presents.
+    private struct Window {
+        let offset: Int
+        /// Set where it does not go on to the end of the child.
+        let size: Int?
+
+        init(_ options: OptionReader) throws(BlockError) {
+            offset = try options.size("offset") ?? 0
+            size = try options.size("size")
+            guard offset >= 0, offset.isAligned(to: 512) else {
+                throw BlockError(
+                    .invalidArgument, "'offset' must be a multiple of 512, not \(offset)")
+            }
+            if let size, size < 0 || !size.isAligned(to: 512) {
+                throw BlockError(.invalidArgument, "'size' must be a multiple of 512, not \(size)")
+            }
+        }
+
+        func check(against file: Edge) throws(BlockError) {
+            guard let end = offset.adding(size ?? 0), end <= file.size else {
+                throw BlockError(
+                    .invalidArgument,
+                    "the window at \(offset) of \(size ?? 0) bytes reaches past the end of "
+                        + "'\(file.node.name)' at \(file.size)")
+            }
+        }
+
+        func size(in file: Edge) -> Int { size ?? max(0, file.size - offset) }
+    }
+
+    /// The window can be another one, where the users do not mind another size.
+    public func prepareReopening(
+        _ reopening: NodeReopening
+    ) async throws(BlockError) -> DriverReopening {
+        let window = try Window(reopening.options)
+        try reopening.requireUnchanged("x-probed")
+        try window.check(against: file)
+        guard window.size(in: file) == node.size || node.cumulativeAccess.shares.contains(.resize)
+        else {
+            throw BlockError(
+                .permissionDenied,
+                "its size would change, which not all of its users share: "
+                    + node.holders.joined(separator: ", "))
+        }
+        var result = DriverReopening()
+        result.commit = {
+            self.window = window
+            self.takeSize()
+        }
+        return result
     }
 
     private func takeSize() {
-        node.size = windowSize ?? max(0, file.size - offset)
-        node.limits = file.node.limits
+        node.size = window.size(in: file)
+        var limits = file.node.limits
         // A window that begins off the child's alignment is aligned by the child's edge.
-        while !offset.isAligned(to: node.limits.requestAlignment) {
-            node.limits.requestAlignment /= 2
-        }
+        while !offset.isAligned(to: limits.requestAlignment) { limits.requestAlignment /= 2 }
+        node.limits = limits
     }
 
     public func childResized(_ edge: Edge) {
+        takeSize()
+    }
+
+    public func childLimitsChanged(_ edge: Edge) {
         takeSize()
     }
 
@@ -125,7 +165,7 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
     }
 
     public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {
-        guard windowSize == nil else {
+        guard window.size == nil else {
             throw BlockError(
                 .unsupported, "a raw node with a fixed 'size' cannot be resized",
                 remedy: "open it without 'size'")

@@ -144,13 +144,14 @@ enum HostAddress {
     /// - Parameters:
     ///   - host: a name, an address, or empty for any address when `passive`.
     ///   - passive: the address is to listen on.
+    ///   - numeric: names are not looked up.
     static func resolve(
-        host: String, port: UInt16, passive: Bool, ipv4: Bool, ipv6: Bool
+        host: String, port: UInt16, passive: Bool, ipv4: Bool, ipv6: Bool, numeric: Bool
     ) throws(BlockError) -> [SocketAddress] {
         var hints = addrinfo()
         hints.ai_family = ipv4 && ipv6 ? AF_UNSPEC : ipv4 ? AF_INET : AF_INET6
         hints.ai_socktype = Int32(SOCK_STREAM.rawValue)
-        hints.ai_flags = passive ? AI_PASSIVE : 0
+        hints.ai_flags = (passive ? AI_PASSIVE : 0) | (numeric ? AI_NUMERICHOST : 0)
         var list: UnsafeMutablePointer<addrinfo>?
         let failure = getaddrinfo(host.isEmpty ? nil : host, String(port), &hints, &list)
         guard failure == 0 else {

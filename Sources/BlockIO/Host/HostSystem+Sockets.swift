@@ -94,9 +94,26 @@ extension HostSystem {
         setOption(handle, SOL_SOCKET, SO_KEEPALIVE)
     }
 
-    private func setOption(_ handle: IOHandle, _ level: Int32, _ option: Int32) {
-        var one: Int32 = 1
-        setsockopt(handle.rawValue, level, option, &one, socklen_t(MemoryLayout<Int32>.size))
+    func setKeepAlive(_ handle: IOHandle, _ keepAlive: KeepAlive) {
+        setOption(handle, SOL_SOCKET, SO_KEEPALIVE, to: keepAlive.isOn ? 1 : 0)
+        #if canImport(Darwin)
+        let idle = TCP_KEEPALIVE
+        #else
+        let idle = TCP_KEEPIDLE
+        #endif
+        let level = Int32(IPPROTO_TCP)
+        if let seconds = keepAlive.idleSeconds { setOption(handle, level, idle, to: seconds) }
+        if let seconds = keepAlive.intervalSeconds {
+            setOption(handle, level, TCP_KEEPINTVL, to: seconds)
+        }
+        if let count = keepAlive.probeCount { setOption(handle, level, TCP_KEEPCNT, to: count) }
+    }
+
+    private func setOption(
+        _ handle: IOHandle, _ level: Int32, _ option: Int32, to value: Int32 = 1
+    ) {
+        var value = value
+        setsockopt(handle.rawValue, level, option, &value, socklen_t(MemoryLayout<Int32>.size))
     }
 }
 
@@ -144,8 +161,10 @@ extension SocketAddress: CustomStringConvertible {
 
     /// The addresses of a host name or number. Blocks: run it on a worker thread.
     public static func resolve(
-        host: String, port: UInt16, passive: Bool, ipv4: Bool = true, ipv6: Bool = true
+        host: String, port: UInt16, passive: Bool, ipv4: Bool = true, ipv6: Bool = true,
+        numeric: Bool = false
     ) throws(BlockError) -> [SocketAddress] {
-        try HostAddress.resolve(host: host, port: port, passive: passive, ipv4: ipv4, ipv6: ipv6)
+        try HostAddress.resolve(
+            host: host, port: port, passive: passive, ipv4: ipv4, ipv6: ipv6, numeric: numeric)
     }
 }

@@ -12,10 +12,12 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
     enum Locking: String, Sendable, CaseIterable { case on, off, auto }
     enum AsynchronousIO: String, Sendable, CaseIterable { case threads, native, uring = "io_uring" }
 
-    private let node: BlockNode
-    private let file: File
-    private let isDevice: Bool
-    private var locks: ImageLocks?
+    let node: BlockNode
+    var file: File
+    let isDevice: Bool
+    var locks: ImageLocks?
+    /// Set between the two steps of a reopening.
+    var reopening: FileReopening?
     /// The file's size; the node's is rounded up to the alignment by nobody: clients see this one.
     private var fileSize: Int
     private var sizeChanged = false
@@ -25,6 +27,14 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
     /// Where data was last found. Others may make holes there: then it is told of as data, which reads
     /// as the zeroes it is.
     private var knownData = ByteRange(0, 0)
+    /// What became of discards, for queries.
+    public private(set) var discards = DiscardCounts()
+
+    public struct DiscardCounts: Sendable {
+        public var bytes = 0
+        public var successes = 0
+        public var failures = 0
+    }
 
     private init(
         node: BlockNode, file: File, status: FileStatus, isDevice: Bool, locks: ImageLocks?
@@ -36,10 +46,14 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         fileSize = status.size
         canFindHoles = !isDevice
         node.size = status.size
-        node.limits.requestAlignment = status.directAlignment
-        node.limits.memoryAlignment = status.directAlignment
+        setAlignment(status)
         // A file system gives back whole blocks.
         node.limits.allocationUnit = 4096
+    }
+
+    func setAlignment(_ status: FileStatus) {
+        node.limits.requestAlignment = status.directAlignment
+        node.limits.memoryAlignment = status.directAlignment
     }
 
     // MARK: Open
@@ -49,16 +63,7 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         guard let name = try options.string("filename") else {
             throw BlockError(.invalidArgument, "option 'filename' is missing")
         }
-        let locking = try options.enumeration("locking", as: Locking.self) ?? .auto
-        // The engine is the thread's; the option is taken for compatibility, and checked.
-        let mode = try options.enumeration("aio", as: AsynchronousIO.self)
-        if mode == .native, !opening.node.options.isDirect {
-            throw BlockError(
-                .invalidArgument, "aio=native was specified, but it requires cache.direct=on")
-        }
-        _ = try options.int("aio-max-batch")
-        _ = try options.bool("drop-cache")
-
+        let locking = try readOptions(options, opening.node.options)
         let path = name.hasPrefix("file:") ? String(name.dropFirst(5)) : name
         let file = try await openFile(path, opening)
         do throws(BlockError) {
@@ -76,15 +81,29 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         }
     }
 
+    /// Reads the options beside the name.
+    static func readOptions(
+        _ options: OptionReader, _ nodeOptions: NodeOptions
+    ) throws(BlockError) -> Locking {
+        // The engine is the thread's; the option is taken for compatibility, and checked.
+        let mode = try options.enumeration("aio", as: AsynchronousIO.self)
+        if mode == .native, !nodeOptions.isDirect {
+            throw BlockError(
+                .invalidArgument, "aio=native was specified, but it requires cache.direct=on")
+        }
+        _ = try options.int("aio-max-batch")
+        _ = try options.bool("drop-cache")
+        return try options.enumeration("locking", as: Locking.self) ?? .auto
+    }
+
     private static func openFile(
         _ path: String, _ opening: NodeOpening
     ) async throws(BlockError) -> File {
         let options = opening.node.options
         let direct = options.isDirect
         do throws(BlockError) {
-            return try await File.open(
-                path, FileOptions(writable: !options.isReadOnly, direct: direct), on: opening.thread
-            )
+            return try await openPath(
+                path, writable: !options.isReadOnly, direct: direct, opening.graph)
         } catch {
             let mayFallBack = options.autoReadOnly && !options.isReadOnly
             guard mayFallBack, error.code == .permissionDenied || error.code == .readOnly else {
@@ -92,8 +111,19 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
             }
         }
         opening.node.setReadOnly()
+        return try await openPath(path, writable: false, direct: direct, opening.graph)
+    }
+
+    /// Opens a file by its path, or takes it from a set of files that were passed in.
+    static func openPath(
+        _ path: String, writable: Bool, direct: Bool, _ graph: BlockGraph
+    ) async throws(BlockError) -> File {
+        if let passed = try graph.descriptorSets.open(path, writable: writable) {
+            return File.adopt(
+                IOHandle(passed), as: path, isDirect: direct, on: graph.thread)
+        }
         return try await File.open(
-            path, FileOptions(writable: false, direct: direct), on: opening.thread)
+            path, FileOptions(writable: writable, direct: direct), on: graph.thread)
     }
 
     private static func check(
@@ -173,10 +203,13 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         knownData = ByteRange(0, 0)
         do throws(BlockError) {
             try await file.allocate(.punchHole, range)
-        } catch  where error.code == .unsupported {
-            canPunchHoles = false
+        } catch {
+            discards.failures += 1
+            if error.code == .unsupported { canPunchHoles = false }
             throw error
         }
+        discards.successes += 1
+        discards.bytes += range.count
     }
 
     public func locate(_ range: ByteRange) throws(BlockError) -> StoredRange {
@@ -281,16 +314,22 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
 
     // MARK: Access
 
+    /// The locks from now on, or from the end of a reopening on.
+    private var nextLocks: ImageLocks? {
+        if let reopening { return reopening.locks }
+        return locks
+    }
+
     public func checkAccess(_ access: Access) throws(BlockError) {
-        try locks?.prepare(access)
+        try nextLocks?.prepare(access)
     }
 
     public func applyAccess(_ access: Access) {
-        locks?.commit(access)
+        nextLocks?.commit(access)
     }
 
     public func abortAccess() {
-        locks?.abort()
+        nextLocks?.abort()
     }
 
     public var filename: String { file.path }

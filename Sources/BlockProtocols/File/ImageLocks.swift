@@ -18,10 +18,10 @@ final class ImageLocks {
     private static let usesBase = 100
     private static let unsharedBase = 200
 
-    private let file: File
+    private var file: File
     private let identity: FileIdentity
     /// Locks were asked for by name: doing without is an error.
-    private let required: Bool
+    var required: Bool
     private var isSupported = true
     private var current = Access.none
     private var pending: Access?
@@ -66,6 +66,23 @@ final class ImageLocks {
         drop(
             uses: pending.uses.subtracting(current.uses),
             unshared: current.shares.subtracting(pending.shares))
+    }
+
+    /// Holds on `other`, another opening of the same file, what is held on the one before.
+    ///
+    /// Nobody can have gained a lock that excludes these: both openings share them until the old one is
+    /// closed. That the system has no room for locks is all that could get in the way, and then the
+    /// image is no less open.
+    func move(to other: File) {
+        file = other
+        guard isSupported else { return }
+        try? take(uses: current.uses, unshared: Permission.all.subtracting(current.shares))
+    }
+
+    /// Lets go of everything.
+    func release() {
+        drop(uses: current.uses, unshared: Permission.all.subtracting(current.shares))
+        current = .none
     }
 
     private func take(uses: Permission, unshared: Permission) throws(BlockError) {

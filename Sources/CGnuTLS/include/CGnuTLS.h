@@ -1,6 +1,7 @@
 #pragma once
 #include <gnutls/crypto.h>
 #include <gnutls/gnutls.h>
+#include <gnutls/crypto.h>
 #include <gnutls/x509.h>
 
 /// Loads GnuTLS, once in the process; before any other of its functions is called.

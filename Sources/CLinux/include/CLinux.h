@@ -21,6 +21,16 @@ int linux_socket(int family);             // stream, non-blocking and close-on-e
 int linux_eventfd(void);                  // close-on-exec
 int linux_signal_descriptor(const int *signals, int count); // signalfd, non-blocking, close-on-exec
 int linux_fork(void);                     // fork, which Swift hides: only before any thread is started
+// Linux's nbd module (linux/nbd.h): hands a socket to a device; serves it until it is detached, which
+// takes as long; ends that.
+int linux_nbd_attach(int device, int socket, uint64_t size, uint32_t block, uint32_t flags);
+int linux_nbd_run(int device);
+int linux_nbd_detach(int device);
+// recvmsg without waiting. `count`: of descriptors, those that fit and then those that came along.
+ssize_t linux_receive_with_descriptors(
+    int fd, void *memory, size_t size, int *descriptors, int *count);
+// Reads a key of the kernel's keyring: its length, whether or not it fits. keyctl(2), KEYCTL_READ.
+ssize_t linux_read_key(int serial, void *memory, size_t size);
 void linux_name_thread(const char *name); // of the caller, 15 bytes at most
 
 // Drops the calling program's resident pages of code and constants; see CodePages.swift.

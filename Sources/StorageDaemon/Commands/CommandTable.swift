@@ -21,7 +21,8 @@ struct DaemonCommand: Sendable {
 extension StorageDaemon {
     static let commands: [DaemonCommand] =
         controlCommands + objectCommands + graphCommands + bitmapCommands + exportCommands
-        + queryCommands
+        + queryCommands + statisticsCommands + objectModelCommands + characterDeviceCommands
+        + traceCommands
 
     static let handlers: [String: DaemonCommand.Handler] = Dictionary(
         commands.map { ($0.schema.name, $0.handler) }, uniquingKeysWith: { first, _ in first })
@@ -55,14 +56,6 @@ extension StorageDaemon {
             CommandSchema("object-add", argumentsOf: "ObjectOptions"), StorageDaemon.objectAdd),
         DaemonCommand(
             CommandSchema("object-del", .required("id", .string)), StorageDaemon.objectDel),
-        DaemonCommand(
-            CommandSchema(
-                "qom-get", .required("path", .string), .required("property", .string),
-                result: .any), StorageDaemon.qomGet),
-        DaemonCommand(
-            CommandSchema(
-                "qom-set", .required("path", .string), .required("property", .string),
-                .required("value", .any)), StorageDaemon.qomSet),
     ]
 
     private static let graphCommands = [
@@ -181,10 +174,6 @@ extension StorageDaemon {
             StorageDaemon.queryNamedBlockNodes),
         DaemonCommand(
             CommandSchema(
-                "query-blockstats", .optional("query-nodes", .boolean), result: .array(.any)),
-            StorageDaemon.queryBlockstats),
-        DaemonCommand(
-            CommandSchema(
                 "query-jobs", result: .array(.named("JobInfo")), allowsOutOfBand: true),
             StorageDaemon.queryJobs),
         DaemonCommand(
@@ -195,6 +184,9 @@ extension StorageDaemon {
     ]
 
     private static let events = [
+        EventSchema(
+            "BLOCK_WRITE_THRESHOLD", .required("node-name", .string),
+            .required("amount-exceeded", .integer), .required("write-threshold", .integer)),
         EventSchema("BLOCK_EXPORT_DELETED", .required("id", .string)),
         EventSchema(
             "BLOCK_IMAGE_CORRUPTED", .required("device", .string), .optional("node-name", .string),

@@ -35,7 +35,7 @@ extension StorageDaemon {
             options.connectionCountMax = count
         }
         if let identifier = try reader.string("tls-creds") {
-            options.credentials = try serverCredentials(identifier)
+            options.credentials = try tlsCredentials(identifier, for: .server)
         }
         if let identifier = try reader.string("tls-authz") {
             guard options.credentials != nil else {
@@ -49,7 +49,8 @@ extension StorageDaemon {
             throw BlockError(.invalidArgument, "nbd-server-start: parameter 'addr' is missing")
         }
         try reader.finish()
-        let listeners = try await SocketAddressOption(address).listen(on: thread)
+        let listeners = try await SocketAddressOption(address, for: self).listen(
+            on: thread)
         let server = NBDServer(on: thread, options)
         for listener in listeners { server.listen(on: listener) }
         nbdServer = server
@@ -223,170 +224,5 @@ extension StorageDaemon {
                     "shutting-down": .bool(record.export.edge == nil),
                 ]
             })
-    }
-}
-
-/// A `SocketAddress` as options give it: flat, or in the older form `{type, data}`.
-struct SocketAddressOption {
-    private let value: JSONValue
-
-    init(_ value: JSONValue) throws(BlockError) {
-        guard let data = value["data"], case .object(var flat) = data, let type = value["type"]
-        else {
-            self.value = value
-            return
-        }
-        flat["type"] = type
-        self.value = .object(flat)
-    }
-
-    /// Connects to the address: to the first that answers, of several.
-    func connect(on thread: IOThread) async throws(BlockError) -> Socket {
-        let reader = try OptionReader(value, of: "the socket address")
-        switch try reader.required("type") {
-        case "unix":
-            let path = try reader.required("path")
-            let abstract = try reader.bool("abstract") ?? false
-            _ = try reader.bool("tight")
-            try reader.finish()
-            return try await Socket.connect(to: .unix(path: path, abstract: abstract), on: thread)
-        case "inet":
-            let host = try reader.required("host")
-            guard let number = try reader.int("port"), let port = UInt16(exactly: number) else {
-                throw BlockError(.invalidArgument, "'port' is missing or out of bounds")
-            }
-            let ipv4 = try reader.bool("ipv4")
-            let ipv6 = try reader.bool("ipv6")
-            _ = try reader.bool("keep-alive")
-            try reader.finish()
-            let addresses = try await thread.offload { () throws(BlockError) in
-                try SocketAddress.resolve(
-                    host: host, port: port, passive: false, ipv4: ipv4 ?? (ipv6 != true),
-                    ipv6: ipv6 ?? (ipv4 != true))
-            }
-            var failure = BlockError(.notFound, "host '\(host)' has no address")
-            for address in addresses {
-                do throws(BlockError) {
-                    return try await Socket.connect(to: address, on: thread)
-                } catch { failure = error }
-            }
-            throw failure
-        case let other:
-            throw BlockError(
-                .unsupported, "cannot connect to a socket address of type '\(other)'",
-                remedy: "use a path, or host and port")
-        }
-    }
-
-    /// Listens on the address; a name can stand for several.
-    func listen(on thread: IOThread) async throws(BlockError) -> [Listener] {
-        let reader = try OptionReader(value, of: "the socket address")
-        switch try reader.required("type") {
-        case "unix":
-            let path = try reader.required("path")
-            let abstract = try reader.bool("abstract") ?? false
-            _ = try reader.bool("tight")
-            try reader.finish()
-            return [
-                try Listener(on: .unix(path: path, abstract: abstract), thread: thread)
-            ]
-        case "inet":
-            return try await listenInternet(reader, thread)
-        case "vsock":
-            let cid = try number(reader, "cid")
-            let port = try number(reader, "port")
-            try reader.finish()
-            return [try Listener(on: .vsock(cid: cid, port: port), thread: thread)]
-        case "fd":
-            let text = try reader.required("str")
-            try reader.finish()
-            guard let descriptor = Int32(text), descriptor >= 0 else {
-                throw BlockError(
-                    .unsupported, "descriptor '\(text)' is not known by name here",
-                    remedy: "give its number")
-            }
-            return [try Listener(adopting: IOHandle(descriptor), thread: thread)]
-        case let other:
-            throw BlockError(
-                .invalidArgument, "there is no socket address type '\(other)'",
-                remedy: "use inet, unix, vsock or fd")
-        }
-    }
-
-    private func number(_ reader: OptionReader, _ key: String) throws(BlockError) -> UInt32 {
-        guard let value = try reader.int(key), let number = UInt32(exactly: value) else {
-            throw BlockError(.invalidArgument, "'\(key)' is missing or out of bounds")
-        }
-        return number
-    }
-
-    private func listenInternet(
-        _ reader: OptionReader, _ thread: IOThread
-    ) async throws(BlockError) -> [Listener] {
-        let host = try reader.required("host")
-        guard let first = try reader.int("port"), let port = UInt16(exactly: first) else {
-            throw BlockError(.invalidArgument, "'port' is missing or out of bounds")
-        }
-        let last = try reader.int("to") ?? first
-        guard let end = UInt16(exactly: last), end >= port else {
-            throw BlockError(.invalidArgument, "'to' is out of bounds: \(last)")
-        }
-        let ipv4 = try reader.bool("ipv4")
-        let ipv6 = try reader.bool("ipv6")
-        _ = try reader.bool("numeric")
-        _ = try reader.bool("keep-alive")
-        try reader.finish()
-        let addresses = try await thread.offload { () throws(BlockError) in
-            try SocketAddress.resolve(
-                host: host, port: port, passive: true, ipv4: ipv4 ?? (ipv6 != true),
-                ipv6: ipv6 ?? (ipv4 != true))
-        }
-        var failure = BlockError(.notFound, "host '\(host)' has no address to listen on")
-        for candidate in port...end {
-            var listeners: [Listener] = []
-            do throws(BlockError) {
-                for address in addresses {
-                    listeners.append(
-                        try Listener(on: address.with(port: candidate), thread: thread))
-                }
-                if !listeners.isEmpty { return listeners }
-            } catch {
-                for listener in listeners { listener.close() }
-                failure = error
-            }
-        }
-        throw failure
-    }
-}
-
-extension SocketAddress {
-    /// The same address with another TCP port.
-    func with(port: UInt16) -> SocketAddress {
-        switch self {
-        case .ipv4(let address, _): .ipv4(address: address, port: port)
-        case .ipv6(let address, _, let scope): .ipv6(address: address, port: port, scope: scope)
-        case .unix, .vsock: self
-        }
-    }
-}
-
-extension SocketAddress {
-    /// The address as options give it.
-    var option: JSONValue {
-        switch self {
-        case .unix(let path, let abstract):
-            ["type": "unix", "path": .string(path), "abstract": .bool(abstract)]
-        case .ipv4(_, let port), .ipv6(_, let port, _):
-            ["type": "inet", "host": .string(host), "port": .string(String(port))]
-        case .vsock(let cid, let port):
-            ["type": "vsock", "cid": .string(String(cid)), "port": .string(String(port))]
-        }
-    }
-
-    /// The number of the host, without the port.
-    private var host: String {
-        let text = description
-        guard let colon = text.lastIndex(of: ":") else { return text }
-        return String(text[..<colon].filter { $0 != "[" && $0 != "]" })
     }
 }

@@ -1,6 +1,7 @@
 import BlockCore
 import BlockFilters
 import BlockGraph
+import BlockIO
 import BlockTLS
 import QMP
 
@@ -8,17 +9,22 @@ import QMP
 enum DaemonObject {
     enum Kind: String, CaseIterable {
         case secret
+        case keyringSecret = "secret_keyring"
         case certificates = "tls-creds-x509"
         case keys = "tls-creds-psk"
+        case anonymous = "tls-creds-anon"
         case authorization = "authz-simple"
+        case authorizationList = "authz-list"
+        case authorizationFile = "authz-list-file"
         case thread = "iothread"
         case throttleGroup = "throttle-group"
     }
 
     case secret([UInt8])
     case credentials(TLSCredentials)
-    /// Lets in whoever is called exactly so.
-    case authorization(identity: String)
+    /// Says who may come in.
+    case authorization(@Sendable (String) -> Bool)
+    case authorizationList(SharedAuthorizationList)
     /// All nodes run on the daemon's own thread: the object is there to be named.
     case thread
     /// Nodes find it in the graph's objects.
@@ -40,7 +46,9 @@ extension StorageDaemon {
         guard objects[identifier] == nil else {
             throw BlockError(.alreadyExists, "there is an object '\(identifier)' already")
         }
-        objects[identifier] = try await makeObject(kind, reader)
+        let object = try await makeObject(kind, reader)
+        objects[identifier] = object
+        objectProperties[identifier] = ObjectProperties(kind, arguments)
         return [:]
     }
 
@@ -54,6 +62,7 @@ extension StorageDaemon {
         }
         try graph.removeObject(identifier)
         objects[identifier] = nil
+        objectProperties[identifier] = nil
         return [:]
     }
 
@@ -61,17 +70,27 @@ extension StorageDaemon {
         _ kind: DaemonObject.Kind, _ reader: OptionReader
     ) async throws(BlockError) -> DaemonObject {
         switch kind {
-        case .secret:
-            let secret = try await GraphSecret.read(reader, on: thread)
-            try reader.finish()
-            try graph.addObject(secret, as: try reader.required("id"))
-            return .secret(secret.bytes)
+        case .secret: return .secret(try offer(try await secret(reader), reader))
+        case .keyringSecret: return .secret(try offer(try await keyringSecret(reader), reader))
         case .certificates: return .credentials(try await certificates(reader))
         case .keys: return .credentials(try await keys(reader))
+        case .anonymous: return .credentials(try await anonymous(reader))
         case .authorization:
             let identity = try reader.required("identity")
             try reader.finish()
-            return .authorization(identity: identity)
+            return .authorization { $0 == identity }
+        case .authorizationList:
+            let list = try AuthorizationList(reader)
+            try reader.finish()
+            return .authorizationList(SharedAuthorizationList(list))
+        case .authorizationFile:
+            let path = try reader.required("filename")
+            let refreshes = try reader.bool("refresh") ?? true
+            try reader.finish()
+            let file = try await thread.offload { () throws(BlockError) in
+                try AuthorizationFile(path, refreshes: refreshes)
+            }
+            return .authorization { file.allows($0) }
         case .thread:
             for key in [
                 "poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch", "thread-pool-min",
@@ -87,6 +106,50 @@ extension StorageDaemon {
         }
     }
 
+    // MARK: Secrets
+
+    /// Options of nodes name it from now on.
+    private func offer(_ bytes: [UInt8], _ reader: OptionReader) throws(BlockError) -> [UInt8] {
+        try graph.addObject(GraphSecret(bytes), as: try reader.required("id"))
+        return bytes
+    }
+
+    private func secret(_ reader: OptionReader) async throws(BlockError) -> [UInt8] {
+        let data = try reader.string("data")
+        let file = try reader.string("file")
+        let secret = try Secret(reader, lookup: requireSecret)
+        try reader.finish()
+        let bytes: [UInt8]
+        switch (data, file) {
+        case (let data?, nil): bytes = Array(data.utf8)
+        case (nil, let file?):
+            bytes = try await thread.offload { () throws(BlockError) in
+                try SmallFile.read(file, bytesMax: GraphSecret.bytesMax)
+            }
+        default:
+            throw BlockError(
+                .invalidArgument, "\(reader.subject): give either 'data' or 'file'")
+        }
+        return try secret.unwrap(bytes, of: reader.subject)
+    }
+
+    private func keyringSecret(_ reader: OptionReader) async throws(BlockError) -> [UInt8] {
+        guard let serial = try reader.int("serial") else {
+            throw BlockError(.invalidArgument, "\(reader.subject): 'serial' is missing")
+        }
+        let secret = try Secret(reader, lookup: requireSecret)
+        try reader.finish()
+        return try secret.unwrap(try Secret.readKeyring(serial), of: reader.subject)
+    }
+
+    private func requireSecret(_ identifier: String) throws(BlockError) -> [UInt8] {
+        guard case .secret(let bytes)? = objects[identifier] else {
+            throw BlockError(
+                .notFound, "there is no secret '\(identifier)'", remedy: "object-add makes one")
+        }
+        return bytes
+    }
+
     // MARK: TLS
 
     private func certificates(_ reader: OptionReader) async throws(BlockError) -> TLSCredentials {
@@ -98,10 +161,7 @@ extension StorageDaemon {
         _ = try reader.bool("sanity-check")
         var password: String?
         if let identifier = try reader.string("passwordid") {
-            guard case .secret(let bytes)? = objects[identifier] else {
-                throw BlockError(.notFound, "there is no secret '\(identifier)'")
-            }
-            password = String(validating: bytes, as: UTF8.self)
+            password = String(validating: try requireSecret(identifier), as: UTF8.self)
         }
         try reader.finish()
         let keyPassword = password
@@ -126,32 +186,57 @@ extension StorageDaemon {
         }
     }
 
+    private func anonymous(_ reader: OptionReader) async throws(BlockError) -> TLSCredentials {
+        // There is nothing to be read from a directory, and nobody to verify.
+        _ = try reader.string("dir")
+        _ = try reader.bool("verify-peer")
+        let endpoint = try reader.enumeration("endpoint", as: TLSEndpoint.self) ?? .client
+        let priority = try reader.string("priority") ?? TLSCredentials.defaultPriority
+        try reader.finish()
+        return try .anonymous(endpoint: endpoint, priority: priority)
+    }
+
     // MARK: Users of objects
 
-    /// - Throws: when there are none of that name, or they are a client's.
-    func serverCredentials(_ identifier: String) throws(BlockError) -> TLSCredentials {
+    /// Makes an object from text as `--object` gives it.
+    public func addObject(_ text: String) async throws(BlockError) {
+        do throws(BlockError) {
+            _ = try await objectAdd(try KeyValue.parse(text, impliedKey: "qom-type"))
+        } catch {
+            throw BlockError(error.code, "--object \(text): \(error.description)")
+        }
+    }
+
+    /// - Throws: when there are none of that name, or they are for the other side.
+    public func tlsCredentials(
+        _ identifier: String, for endpoint: TLSEndpoint
+    ) throws(BlockError) -> TLSCredentials {
         guard case .credentials(let credentials)? = objects[identifier] else {
             throw BlockError(
                 .notFound, "there are no TLS credentials '\(identifier)'",
                 remedy: "object-add makes them")
         }
-        guard credentials.endpoint == .server else {
+        guard credentials.endpoint == endpoint else {
             throw BlockError(
-                .invalidArgument, "the TLS credentials '\(identifier)' are a client's",
-                remedy: "add them with endpoint=server")
+                .invalidArgument,
+                "the TLS credentials '\(identifier)' are a \(credentials.endpoint.rawValue)'s",
+                remedy: "add them with endpoint=\(endpoint.rawValue)")
         }
         return credentials
     }
 
-    func authorization(
+    /// Who an authorization object lets in.
+    public func authorization(
         _ identifier: String
     ) throws(BlockError) -> @Sendable (String) -> Bool {
-        guard case .authorization(let identity)? = objects[identifier] else {
+        switch objects[identifier] {
+        case .authorization(let allows): return allows
+        case .authorizationList(let list): return { list.allows($0) }
+        default:
             throw BlockError(
                 .notFound, "there is no authorization object '\(identifier)'",
-                remedy: "object-add with qom-type=authz-simple makes one")
+                remedy: "object-add with qom-type=authz-simple or authz-list makes one")
         }
-        return { $0 == identity }
     }
 
     func requireThread(_ identifier: String) throws(BlockError) {

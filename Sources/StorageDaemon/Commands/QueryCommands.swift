@@ -1,12 +1,12 @@
 import BlockCore
 import BlockExports
-import BlockFilters
 import BlockGraph
 import BlockProtocols
 import QMP
 
 extension StorageDaemon {
-    /// `query-block`: guest devices; this daemon has none.
+    /// `query-block`: guest devices. There are none here, as in QEMU's own storage daemon: nodes are told
+    /// of by `query-named-block-nodes`, exports by `query-block-exports`.
     func queryBlock(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         []
     }
@@ -24,26 +24,20 @@ extension StorageDaemon {
     }
 
     private func describe(_ node: BlockNode, flat: Bool) async throws(BlockError) -> JSONValue {
-        var backingDepth = 0
-        var layer = node
-        while let backing = layer.backing?.node, backingDepth < Limits.graphDepthMax {
-            backingDepth += 1
-            layer = backing
-        }
-        let filename = node.driver.filename
         var result: JSONObject = [
             "iops_rd": 0, "detect_zeroes": .string(node.options.zeroDetection.rawValue),
             "active": true,
-            "image": try await image(of: node, flat: flat), "iops_wr": 0,
-            "ro": .bool(node.isReadOnly), "node-name": .string(node.name),
-            "backing_file_depth": .integer(backingDepth),
-            "drv": .string(node.description.name), "iops": 0, "bps_wr": 0, "write_threshold": 0,
+            "image": try await image(of: node, nesting: flat ? 0 : Limits.graphDepthMax),
+            "iops_wr": 0, "ro": .bool(node.isReadOnly), "node-name": .string(node.name),
+            "backing_file_depth": .integer(flat ? 0 : Self.backingDepth(of: node)),
+            "drv": .string(node.description.name), "iops": 0, "bps_wr": 0,
+            "write_threshold": .integer(node.writeThreshold ?? 0),
             "encrypted": false, "bps": 0, "bps_rd": 0,
             "cache": [
                 "no-flush": .bool(node.options.ignoresFlush),
                 "direct": .bool(node.options.isDirect), "writeback": true,
             ],
-            "file": .string(filename),
+            "file": .string(node.driver.filename),
             "children": .array(
                 node.children.map { edge in
                     ["node-name": .string(edge.node.name), "child": .string(edge.name)]
@@ -58,11 +52,27 @@ extension StorageDaemon {
         return .object(result)
     }
 
-    private func image(of node: BlockNode, flat: Bool) async throws(BlockError) -> JSONValue {
+    private static func backingDepth(of node: BlockNode) -> Int {
+        var depth = 0
+        var layer = node
+        while let backing = layer.backing?.node, depth < Limits.graphDepthMax {
+            depth += 1
+            layer = backing
+        }
+        return depth
+    }
+
+    /// Image information, as `qemu-img info` tells it too.
+    ///
+    /// - Parameter nesting: how many backing images are described inside each other.
+    private func image(
+        of node: BlockNode, nesting: Int
+    ) async throws(BlockError) -> JSONValue {
         let information = try await node.driver.information
+        let filename = node.driver.filename
         var result: JSONObject = [
-            "virtual-size": .integer(node.size), "filename": .string(node.driver.filename),
-            "format": .string(node.description.name),
+            "virtual-size": .integer(node.size), "filename": .string(filename),
+            "format": .string(node.description.name), "dirty-flag": .bool(information.isDirty),
         ]
         var storage = node
         while let file = storage.file { storage = file.node }
@@ -72,81 +82,32 @@ extension StorageDaemon {
         if information.clusterSize > 0 {
             result["cluster-size"] = .integer(information.clusterSize)
         }
-        if information.isDirty { result["dirty-flag"] = true }
         if let snapshots = node.driver.snapshotStore?.internalSnapshots, !snapshots.isEmpty {
             result["snapshots"] = .array(snapshots.map(\.json))
         }
         if let specific = information.formatSpecific { result["format-specific"] = specific }
-        if let backing = node.backing?.node {
+        let backing = node.backing?.node
+        if let name = information.backingName {
+            result["backing-filename"] = .string(name)
+            result["full-backing-filename"] = .string(Self.resolve(name, beside: filename))
+            if let format = information.backingFormat {
+                result["backing-filename-format"] = .string(format)
+            }
+        } else if let backing {
             result["backing-filename"] = .string(backing.driver.filename)
-            if !flat { result["backing-image"] = try await image(of: backing, flat: false) }
+        }
+        if let backing, nesting > 0 {
+            result["backing-image"] = try await image(of: backing, nesting: nesting - 1)
         }
         return .object(result)
     }
 
-    /// `query-blockstats`: of exports, or with `query-nodes` of all nodes.
-    func queryBlockstats(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
-        let reader = try OptionReader(arguments, of: "query-blockstats")
-        let wantsNodes = try reader.bool("query-nodes") ?? false
-        try reader.finish()
-        guard wantsNodes else {
-            return .array(
-                exports.compactMap { record in
-                    guard let edge = record.export.edge else { return nil }
-                    return [
-                        "device": .string(record.identifier), "node-name": .string(edge.node.name),
-                        "stats": Self.statistics(edge.statistics, edge.node),
-                    ]
-                })
-        }
-        return .array(
-            graph.nodes.filter(\.isReady).map { node in
-                var total = RequestStatistics()
-                for edge in node.parents { total.add(edge.statistics) }
-                var result: JSONObject = [
-                    "node-name": .string(node.name), "stats": Self.statistics(total, node),
-                ]
-                if let filter = node.driver as? CopyBeforeWrite {
-                    result["driver-specific"] = Self.describe(filter)
-                }
-                return .object(result)
-            })
-    }
-
-    private static func describe(_ filter: CopyBeforeWrite) -> JSONValue {
-        var result: JSONObject = [
-            "driver": "copy-before-write", "copied-bytes": .integer(filter.copiedBytes),
-            "present-bytes": .integer(filter.presentBytes),
-        ]
-        if let breakage = filter.breakage { result["broken"] = .string(breakage.message) }
-        return .object(result)
-    }
-
-    private static func statistics(_ statistics: RequestStatistics, _ node: BlockNode) -> JSONValue
-    {
-        var result: JSONObject = [:]
-        let kinds: [(RequestKind, String)] = [
-            (.read, "rd"), (.write, "wr"), (.discard, "unmap"), (.flush, "flush"),
-        ]
-        for (kind, name) in kinds {
-            let counter = statistics[kind]
-            result["\(name)_operations"] = .integer(Int(clamping: counter.requests))
-            result["\(name)_total_time_ns"] = .integer(Int(clamping: counter.nanoseconds))
-            result["failed_\(name)_operations"] = .integer(Int(clamping: counter.failures))
-            if kind != .flush { result["\(name)_bytes"] = .integer(Int(clamping: counter.bytes)) }
-            result["\(name)_latency_histogram"] = histogram(counter.latencies)
-        }
-        result["wr_highest_offset"] = .integer(node.highestWrittenOffset)
-        return .object(result)
-    }
-
-    /// Boundaries in nanoseconds, then one more bin than boundaries.
-    private static func histogram(_ latencies: LatencyHistogram) -> JSONValue {
-        [
-            "boundaries": .array(
-                (0..<(LatencyHistogram.bucketCount - 1)).map { .integer(1000 << $0) }),
-            "bins": .array(latencies.counts.map { .integer(Int(clamping: $0)) }),
-        ]
+    /// A backing file's name as the image has it is relative to the image's folder.
+    private static func resolve(_ name: String, beside image: String) -> String {
+        guard !name.hasPrefix("/"), !name.contains(":"), !image.hasPrefix("json:"),
+            let slash = image.lastIndex(of: "/")
+        else { return name }
+        return image[...slash] + name
     }
 
     /// `x-debug-query-block-graph`.

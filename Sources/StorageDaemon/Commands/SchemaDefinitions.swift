@@ -6,14 +6,10 @@ import QMP
 // described for clients and checked by the drivers, which know more, and take `key=value` text too.
 
 extension StorageDaemon {
-    static let schemaDefinitions: [String: SchemaDefinition] = controlDefinitions.merging(
-        exportDefinitions.merging(
-            nodeDefinitions.merging(
-                objectDefinitions.merging(
-                    bitmapDefinitions, uniquingKeysWith: { first, _ in first }),
-                uniquingKeysWith: { first, _ in first }),
-            uniquingKeysWith: { first, _ in first }),
-        uniquingKeysWith: { first, _ in first })
+    static let schemaDefinitions: [String: SchemaDefinition] = [
+        controlDefinitions, exportDefinitions, nodeDefinitions, objectDefinitions,
+        bitmapDefinitions, objectModelDefinitions, characterDeviceDefinitions, traceDefinitions,
+    ].reduce(into: [:]) { all, more in all.merge(more) { first, _ in first } }
 
     private static let controlDefinitions: [String: SchemaDefinition] = [
         "QMPCapability": .enumeration(["oob"]),
@@ -140,7 +136,32 @@ extension StorageDaemon {
                 .optional("verify-peer", .boolean), .optional("priority", .string),
                 .optional("username", .string),
             ])),
+        "ObjectOptions-secret_keyring": .object(
+            ObjectSchema([
+                .required("serial", .integer), .optional("format", .named("QCryptoSecretFormat")),
+                .optional("keyid", .string), .optional("iv", .string),
+            ])),
+        "ObjectOptions-tls-creds-anon": .object(
+            ObjectSchema([
+                .optional("dir", .string),
+                .optional("endpoint", .named("QCryptoTLSCredsEndpoint")),
+                .optional("verify-peer", .boolean), .optional("priority", .string),
+            ])),
         "ObjectOptions-authz-simple": .object(ObjectSchema([.required("identity", .string)])),
+        "ObjectOptions-authz-list": .object(
+            ObjectSchema([
+                .optional("policy", .named("QAuthZListPolicy")),
+                .optional("rules", .array(.named("QAuthZListRule"))),
+            ])),
+        "ObjectOptions-authz-list-file": .object(
+            ObjectSchema([.required("filename", .string), .optional("refresh", .boolean)])),
+        "QAuthZListPolicy": .enumeration(["deny", "allow"]),
+        "QAuthZListFormat": .enumeration(["exact", "glob"]),
+        "QAuthZListRule": .object(
+            ObjectSchema([
+                .required("match", .string), .required("policy", .named("QAuthZListPolicy")),
+                .optional("format", .named("QAuthZListFormat")),
+            ])),
         "ObjectOptions-iothread": .object(
             ObjectSchema([
                 .optional("poll-max-ns", .integer), .optional("poll-grow", .integer),
@@ -204,7 +225,9 @@ extension StorageDaemon {
                 .required("host", .string), .required("port", .string),
                 .optional("numeric", .boolean), .optional("to", .integer),
                 .optional("ipv4", .boolean), .optional("ipv6", .boolean),
-                .optional("keep-alive", .boolean),
+                .optional("keep-alive", .boolean), .optional("keep-alive-count", .integer),
+                .optional("keep-alive-idle", .integer), .optional("keep-alive-interval", .integer),
+                .optional("mptcp", .boolean),
             ])),
         "UnixSocketAddress": .object(
             ObjectSchema([

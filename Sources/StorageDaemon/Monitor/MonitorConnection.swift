@@ -13,7 +13,7 @@ final class MonitorConnection: @unchecked Sendable {
     /// With events: above, the client is cut off.
     static let outputBytesMax = 16 << 20
 
-    private let socket: Socket
+    private let channel: any MonitorChannel
     private let thread: IOThread
     private let daemon: StorageDaemon
     private var session: QMPSession
@@ -28,10 +28,10 @@ final class MonitorConnection: @unchecked Sendable {
     private let work = WakeUp()
     private let progress = WakeUp()
 
-    init(_ socket: Socket, daemon: StorageDaemon, isPretty: Bool) {
-        self.socket = socket
+    init(_ channel: any MonitorChannel, daemon: StorageDaemon, isPretty: Bool) {
+        self.channel = channel
         self.daemon = daemon
-        thread = socket.thread
+        thread = daemon.thread
         session = QMPSession(StorageDaemon.schema, isPretty: isPretty)
     }
 
@@ -45,9 +45,9 @@ final class MonitorConnection: @unchecked Sendable {
         }
         await runCommands()
         while isSending || outOfBandCount > 0 { await progress.wait() }
-        socket.shutdown()
+        channel.shutdown()
         while !isInputOver { await work.wait() }
-        socket.close()
+        channel.close()
     }
 
     /// Takes no further command; those that run end, and what is to be sent leaves.
@@ -62,7 +62,7 @@ final class MonitorConnection: @unchecked Sendable {
     func abort() {
         isBroken = true
         output = []
-        socket.shutdown()
+        channel.shutdown()
         work.wake()
         room.wake()
         progress.wake()
@@ -78,7 +78,7 @@ final class MonitorConnection: @unchecked Sendable {
                     await room.wait()
                     continue
                 }
-                let count = try await socket.receive(buffer)
+                let count = try await channel.receive(buffer)
                 if count == 0 || isEnding { break }
                 session.receive(buffer.slice(0, count).array)
                 runOutOfBand()
@@ -125,7 +125,7 @@ final class MonitorConnection: @unchecked Sendable {
         case .run(let request):
             let result: Result<JSONValue, BlockError>
             do throws(BlockError) {
-                result = .success(try await daemon.execute(request))
+                result = .success(try await daemon.execute(request, from: channel.descriptors))
             } catch {
                 result = .failure(error)
             }
@@ -160,7 +160,7 @@ final class MonitorConnection: @unchecked Sendable {
                 let memory = try IOVector(allocating: output.count)
                 output.withUnsafeBytes { memory.copy(from: $0) }
                 output = []
-                try await socket.send(memory)
+                try await channel.send(memory)
             } catch {
                 return abort()
             }

@@ -47,8 +47,18 @@ public final class MonitorServer: @unchecked Sendable {
 
     /// Serves one client.
     public func serve(_ socket: Socket, isPretty: Bool) {
-        guard !isStopped, connections.count < Self.clientCountMax else { return socket.close() }
-        let connection = MonitorConnection(socket, daemon: daemon, isPretty: isPretty)
+        var channel: any MonitorChannel = socket
+        #if os(Linux)
+        if case .unix? = try? thread.system.localAddress(of: socket.handle) {
+            channel = PassingChannel(socket)
+        }
+        #endif
+        serve(channel, isPretty: isPretty)
+    }
+
+    func serve(_ channel: any MonitorChannel, isPretty: Bool) {
+        guard !isStopped, connections.count < Self.clientCountMax else { return channel.close() }
+        let connection = MonitorConnection(channel, daemon: daemon, isPretty: isPretty)
         connections.append(connection)
         thread.spawn { [self] in
             await connection.run()

@@ -31,6 +31,8 @@ public struct DaemonOptions: Sendable {
     public private(set) var pidFile: String?
     /// Go to the background once everything is set up.
     public private(set) var daemonizes = false
+    /// Of `--trace`, in their order; they take effect before all else.
+    public private(set) var traces: [String] = []
     public private(set) var wantsHelp = false
     public private(set) var wantsVersion = false
 
@@ -83,10 +85,7 @@ public struct DaemonOptions: Sendable {
             case "--export":
                 steps.append(.export(try KeyValue.parse(text, impliedKey: "type")))
             case "--pidfile": pidFile = text
-            default:
-                throw BlockError(
-                    .unsupported, "trace events are not supported",
-                    remedy: "leave the option out")
+            default: traces.append(text)
             }
         } catch {
             throw error.doing("\(name) \(text)")
@@ -143,6 +142,8 @@ public struct DaemonOptions: Sendable {
                                   Make a socket for a monitor.
           --monitor CHARDEV[,pretty=on]
                                   Answer QMP on a socket.
+          -T, --trace [PATTERN][,events=FILE][,file=FILE]
+                                  Tell what happens at the trace events that match; help lists them.
           --pidfile PATH          Write the process's number here once all is set up.
           --daemonize             Go to the background once all is set up.
 

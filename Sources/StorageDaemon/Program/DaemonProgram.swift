@@ -19,7 +19,6 @@ public final class DaemonProgram: @unchecked Sendable {
     private let daemon: StorageDaemon
     private let monitors: MonitorServer
     private let thread: IOThread
-    private var devices: [String: CharacterDevice] = [:]
     private var isEnding = false
     private let ending = WakeUp()
 
@@ -32,10 +31,13 @@ public final class DaemonProgram: @unchecked Sendable {
 
     /// Runs the daemon until `quit` or a signal.
     ///
-    /// - Parameter ready: called when everything is set up.
+    /// - Parameters:
+    ///   - inherited: open files that a service manager handed over; options refer to them by name.
+    ///   - ready: called when everything is set up.
     /// - Throws: the first failure to set up; or, at the end, to make something durable.
     public static func run(
-        _ options: DaemonOptions, ready: @escaping @Sendable () throws(BlockError) -> Void
+        _ options: DaemonOptions, _ inherited: [ServiceManager.Inherited] = [],
+        ready: @escaping @Sendable () throws(BlockError) -> Void
     ) throws(BlockError) {
         // Locked first, so that a second daemon ends before it touches anything.
         let pidFile = try options.pidFile.map { path throws(BlockError) in try PIDFile(path) }
@@ -44,6 +46,9 @@ public final class DaemonProgram: @unchecked Sendable {
         defer { thread.stop() }
         try thread.runBlocking { () async throws(BlockError) in
             let program = DaemonProgram(on: thread)
+            for file in inherited where !file.name.isEmpty {
+                program.daemon.inheritedDescriptors[file.name] = file.descriptor
+            }
             let signals = try SignalSource(Self.signals, on: thread)
             thread.spawn {
                 if await signals.next() != nil { program.end() }
@@ -51,6 +56,7 @@ public final class DaemonProgram: @unchecked Sendable {
             let result = await program.serve(options) { () throws(BlockError) in
                 try pidFile?.write()
                 try ready()
+                ServiceManager.notify("READY=1\nMAINPID=\(getpid())")
             }
             signals.cancel()
             try result.get()
@@ -70,7 +76,8 @@ public final class DaemonProgram: @unchecked Sendable {
             // A wait for a client that a signal ends is no failure.
             if !isEnding { failure = error }
         }
-        for device in devices.values { device.close() }
+        ServiceManager.notify("STOPPING=1")
+        for device in daemon.characterDevices.values { device.close() }
         monitors.stopListening()
         await daemon.turns.take()
         do throws(BlockError) { try await daemon.close() } catch { failure = failure ?? error }
@@ -81,7 +88,7 @@ public final class DaemonProgram: @unchecked Sendable {
 
     private func end() {
         isEnding = true
-        for device in devices.values { device.stopWaiting() }
+        for device in daemon.characterDevices.values { device.stopWaiting() }
         ending.wake()
     }
 
@@ -107,15 +114,7 @@ public final class DaemonProgram: @unchecked Sendable {
     }
 
     private func addDevice(_ options: JSONValue) async throws(BlockError) {
-        let reader = try OptionReader(options, of: "the character device")
-        let identifier = try reader.required("id")
-        guard devices[identifier] == nil else {
-            throw BlockError(
-                .alreadyExists, "there is a character device '\(identifier)' already")
-        }
-        let device = try await CharacterDevice(reader, on: thread)
-        devices[identifier] = device
-        try await device.waitForClient()
+        try await daemon.addCharacterDevice(options).waitForClient()
     }
 
     private func addMonitor(_ options: JSONValue) throws(BlockError) {
@@ -129,7 +128,7 @@ public final class DaemonProgram: @unchecked Sendable {
             throw BlockError(
                 .unsupported, "monitor mode '\(mode)' is not supported", remedy: "use mode=control")
         }
-        guard let device = devices[identifier] else {
+        guard let device = daemon.characterDevices[identifier] else {
             throw BlockError(
                 .notFound, "there is no character device '\(identifier)'",
                 remedy: "give its --chardev before --monitor")

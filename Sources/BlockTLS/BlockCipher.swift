@@ -1,0 +1,73 @@
+import BlockCore
+import CGnuTLS
+
+/// AES with keys of 256 bits, in cipher block chaining, padded as PKCS #7 says (RFC 5652 §6.3): what
+/// secrets are encrypted with.
+public enum AES256CBC {
+    public static let keyBytes = 32
+    public static let blockBytes = 16
+
+    /// - Parameters:
+    ///   - ciphertext: whole blocks, at least one.
+    ///   - key: ``keyBytes`` of it.
+    ///   - vector: the initialisation vector, ``blockBytes`` of it.
+    /// - Throws: `invalidArgument` for other lengths, and when the padding shows that the key is wrong.
+    public static func decrypt(
+        _ ciphertext: [UInt8], key: [UInt8], vector: [UInt8]
+    ) throws(BlockError) -> [UInt8] {
+        guard key.count == keyBytes else {
+            throw BlockError(
+                .invalidArgument, "the key has \(key.count) bytes, it must have \(keyBytes)")
+        }
+        guard vector.count == blockBytes else {
+            throw BlockError(
+                .invalidArgument,
+                "the initialisation vector has \(vector.count) bytes, it must have \(blockBytes)")
+        }
+        guard !ciphertext.isEmpty, ciphertext.count % blockBytes == 0 else {
+            throw BlockError(
+                .invalidArgument, "the ciphertext is no whole number of \(blockBytes)-byte blocks")
+        }
+        let plaintext = try decryptBlocks(ciphertext, key, vector)
+        guard let padding = plaintext.last.map(Int.init), padding >= 1, padding <= blockBytes,
+            plaintext.suffix(padding).allSatisfy({ $0 == UInt8(padding) })
+        else {
+            throw BlockError(
+                .invalidArgument,
+                "the key or the initialisation vector is not the one it was "
+                    + "encrypted with")
+        }
+        return plaintext.dropLast(padding)
+    }
+
+    private static func decryptBlocks(
+        _ ciphertext: [UInt8], _ key: [UInt8], _ vector: [UInt8]
+    ) throws(BlockError) -> [UInt8] {
+        if let reason = merino_gnutls_load() {
+            throw BlockError(
+                .unsupported, "encrypted secrets need GnuTLS: \(String(cString: reason))",
+                remedy: "install Debian's libgnutls30")
+        }
+        var (key, vector) = (key, vector)
+        var plaintext = [UInt8](repeating: 0, count: ciphertext.count)
+        let result = key.withUnsafeMutableBufferPointer { key in
+            vector.withUnsafeMutableBufferPointer { vector -> Int32 in
+                var keyDatum = gnutls_datum_t(data: key.baseAddress, size: UInt32(key.count))
+                var vectorDatum = gnutls_datum_t(
+                    data: vector.baseAddress, size: UInt32(vector.count))
+                var cipher: gnutls_cipher_hd_t?
+                let opened = gnutls_cipher_init(
+                    &cipher, GNUTLS_CIPHER_AES_256_CBC, &keyDatum, &vectorDatum)
+                guard opened == 0, let cipher else { return opened == 0 ? -1 : opened }
+                defer { gnutls_cipher_deinit(cipher) }
+                return gnutls_cipher_decrypt2(
+                    cipher, ciphertext, ciphertext.count, &plaintext, plaintext.count)
+            }
+        }
+        guard result == 0 else {
+            throw BlockError(
+                .invalidArgument, "cannot decrypt: \(TLSCredentials.describe(result))")
+        }
+        return plaintext
+    }
+}

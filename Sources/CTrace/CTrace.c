@@ -1,0 +1,3 @@
+#include "CTrace.h"
+
+uint64_t merino_trace_mask = 0;

@@ -1,0 +1,68 @@
+import BlockCore
+import BlockIO
+import QMP
+
+/// A way for bytes in and out, as `--chardev` and `chardev-add` make it; a monitor may use it. Confined
+/// to the daemon's thread.
+protocol CharacterDevice: AnyObject, Sendable {
+    /// As QEMU's object model names its type: `chardev-socket`.
+    var typeName: String { get }
+    /// Where its bytes come from and go to, for queries.
+    var filename: String { get }
+    /// A monitor uses it.
+    var isUsed: Bool { get }
+
+    /// Has a monitor answer on it, from now on.
+    func attach(to monitors: MonitorServer, isPretty: Bool) throws(BlockError)
+    /// Where that was asked for: returns when the first client is there.
+    func waitForClient() async throws(BlockError)
+    /// Ends such a wait.
+    func stopWaiting()
+    func close()
+}
+
+extension CharacterDevice {
+    func waitForClient() async throws(BlockError) {}
+    func stopWaiting() {}
+}
+
+/// The kinds of devices there are.
+enum CharacterDevices {
+    static let backends = ["memory", "null", "ringbuf", "socket", "stdio"]
+
+    /// Makes a device.
+    ///
+    /// - Parameter options: `backend` and the backend's own, `id` read already.
+    static func make(
+        _ options: OptionReader, for daemon: StorageDaemon
+    ) async throws(BlockError) -> any CharacterDevice {
+        let backend = try options.required("backend")
+        switch backend {
+        case "socket": return try await SocketDevice(options, for: daemon)
+        case "ringbuf", "memory": return try RingBuffer(options, typeName: "chardev-\(backend)")
+        case "null":
+            try options.finish()
+            return NullDevice()
+        case "stdio": return try StandardStreams(options, on: daemon.thread)
+        default:
+            throw BlockError(
+                .unsupported, "there is no character device backend '\(backend)'",
+                remedy: "use one of \(backends.joined(separator: ", "))")
+        }
+    }
+}
+
+/// Takes everything, and gives nothing.
+final class NullDevice: CharacterDevice, @unchecked Sendable {
+    let typeName = "chardev-null"
+    let filename = "null"
+    let isUsed = false
+
+    func attach(to monitors: MonitorServer, isPretty: Bool) throws(BlockError) {
+        throw BlockError(
+            .unsupported, "nobody could ask a monitor anything on a 'null' device",
+            remedy: "use socket or stdio")
+    }
+
+    func close() {}
+}

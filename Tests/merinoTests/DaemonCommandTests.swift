@@ -1,0 +1,132 @@
+import Foundation
+import Testing
+
+/// The daemon as a process: its streams, its service manager, its limits.
+@Suite struct DaemonCommandTests {
+    @Test func aMonitorAnswersOnTheStandardStreams() throws {
+        let place = try Workplace()
+        let input = """
+            {"execute": "qmp_capabilities"}
+            {"execute": "query-version", "id": 1}
+            {"execute": "quit"}
+
+            """
+        let result = try place.merino(
+            "daemon", "--chardev", "stdio,id=m,signal=off", "--monitor", "m", input: input)
+        #expect(result.status == 0, "\(result.errors)")
+        let lines = result.output.split(whereSeparator: \.isNewline)
+        #expect(lines.count == 4)
+        #expect(lines.first?.contains("\"QMP\"") == true)
+        #expect(lines.dropFirst(2).first?.contains("\"id\": 1") == true)
+    }
+
+    /// Runs `script`, which has `merino` and the folder as arguments.
+    private func python(_ script: String, in place: Workplace) throws {
+        let result = try place.tool("python3", "-c", script, Workplace.merino, place.folder)
+        #expect(result.status == 0, "\(result.errors)\(result.output)")
+    }
+
+    @Test(arguments: [false, true])
+    func theServiceManagerHearsWhenTheDaemonIsReadyAndWhenItStops(daemonizes: Bool) throws {
+        let place = try Workplace()
+        let script = """
+            import os, signal, socket, subprocess, sys
+            manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            manager.bind("notify")
+            manager.settimeout(60)
+            environment = dict(os.environ, NOTIFY_SOCKET=sys.argv[2] + "/notify")
+            arguments = [sys.argv[1], "daemon", "--pidfile", sys.argv[2] + "/pid"]
+            if "\(daemonizes)" == "true":
+                arguments.append("--daemonize")
+            process = subprocess.Popen(arguments, env=environment)
+            ready = dict(line.split("=") for line in manager.recv(4096).decode().split("\\n"))
+            assert ready["READY"] == "1", ready
+            number = int(open("pid").read())
+            assert int(ready["MAINPID"]) == number, ready
+            if "\(daemonizes)" == "true":
+                assert process.wait(60) == 0
+            os.kill(number, signal.SIGTERM)
+            assert manager.recv(4096) == b"STOPPING=1"
+            if "\(daemonizes)" == "false":
+                assert process.wait(60) == 0
+            """
+        try python(script, in: place)
+    }
+
+    @Test func inheritedSocketsAreKnownByTheirNames() throws {
+        let place = try Workplace()
+        try place.tool("truncate", "-s", "1M", "disk")
+        let script = """
+            import json, os, socket, subprocess, sys
+            def listener(path):
+                made = socket.socket(socket.AF_UNIX)
+                made.bind(path)
+                made.listen()
+                return made
+            sockets = [listener("nbd.socket"), listener("qmp.socket")]
+            child = os.fork()
+            if child == 0:
+                # Out of the way of 3 and 4 first.
+                high = [os.dup2(made.fileno(), 20 + place) for place, made in enumerate(sockets)]
+                for place, number in enumerate(high):
+                    os.dup2(number, 3 + place)
+                    os.set_inheritable(3 + place, True)
+                os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="2",
+                    LISTEN_FDNAMES="nbd:qmp")
+                os.execv(sys.argv[1], ["merino", "daemon",
+                    "--chardev", "socket,id=q,fd=qmp,server=on,wait=off", "--monitor", "q",
+                    "--blockdev", "file,node-name=f,filename=disk",
+                    "--nbd-server", "addr.type=fd,addr.str=nbd",
+                    "--export", "nbd,id=e,node-name=f"])
+            for made in sockets:
+                made.close()
+            subprocess.run(["nbdinfo", "--size", "nbd+unix:///f?socket=nbd.socket"], check=True)
+            qmp = socket.socket(socket.AF_UNIX)
+            qmp.connect("qmp.socket")
+            qmp.sendall(b'{"execute": "qmp_capabilities"} {"execute": "quit"}')
+            while qmp.recv(4096):
+                pass
+            assert os.waitpid(child, 0)[1] == 0
+            """
+        try python(script, in: place)
+    }
+
+    /// Clients that take all descriptors keep others waiting, not away for ever.
+    @Test func aServerThatIsOutOfDescriptorsTakesClientsAgainLater() throws {
+        let place = try Workplace()
+        try place.tool("truncate", "-s", "1M", "disk")
+        let script = """
+            import os, resource, signal, socket, subprocess, sys, time
+            def limit():
+                resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+            server = subprocess.Popen([sys.argv[1], "serve", "-t", "-e", "0", "-f", "raw",
+                "-k", "s", "disk"], preexec_fn=limit)
+            for _ in range(6000):
+                if os.path.exists("s"):
+                    break
+                time.sleep(0.01)
+            clients = []
+            for _ in range(60):
+                client = socket.socket(socket.AF_UNIX)
+                client.settimeout(60)
+                client.connect("s")
+                clients.append(client)
+            # All descriptors are taken: of the last clients some are not greeted.
+            assert clients[0].recv(18), "the first client is served"
+            clients[-1].settimeout(0.5)
+            try:
+                assert not clients[-1].recv(18), "the limit was not reached"
+            except socket.timeout:
+                pass
+            for client in clients[:-1]:
+                client.close()
+            # The one that waited is served now, and so is another one.
+            clients[-1].settimeout(60)
+            assert clients[-1].recv(18)
+            subprocess.run(["nbdinfo", "--size", "nbd+unix:///?socket=s"], check=True)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+            """
+        try python(script, in: place)
+    }
+}
