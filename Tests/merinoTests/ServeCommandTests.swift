@@ -127,7 +127,7 @@ import Testing
         "what is not there is refused by name",
         arguments: [
             ["--list"], ["--connect", "/dev/nbd0"],
-            ["--tls-creds", "t"], ["--object", "throttle-group,id=x"], ["--cache", "foo"],
+            ["--tls-creds", "t"], ["--object", "throttle-groups,id=x"], ["--cache", "foo"],
             ["--tls-authz", "t"], ["-p", "1", "-k", "s"], ["--shared", "-1"],
         ])
     func refuses(_ options: [String]) throws {
