@@ -199,7 +199,7 @@ struct EncryptionVariant: Sendable, CustomTestStringConvertible {
         #expect(ours == theirs["format-specific"])
     }
 
-    @Test(arguments: [512, 65536, 2 << 20], ["off"])
+    @Test(arguments: [512, 65536, 2 << 20], ["off", "metadata"])
     func imagesMadeHereFollowTheModelAndReadTheSameInQEMU(
         clusterSize: Int, preallocation: String
     ) async throws {

@@ -20,22 +20,24 @@ extension QCOW2TestFolder {
                 registry: DriverRegistry(BlockProtocols.drivers + BlockFormats.drivers))
             var inherited = NodeOptions()
             inherited.isForCheck = true
+            let node = try await graph.open(
+                [
+                    "driver": "qcow2", "read-only": .bool(repair.isEmpty),
+                    "file": ["driver": "file", "filename": .string(path)],
+                ], inheriting: inherited)
+            let uses: Permission =
+                repair.isEmpty ? .consistentRead : [.consistentRead, .write, .resize]
+            let edge = try graph.attach(
+                NamedUser("test"), to: node, Access(uses: uses, shares: .all))
+            node.release("opening")
             do throws(BlockError) {
-                let node = try await graph.open(
-                    [
-                        "driver": "qcow2", "read-only": .bool(repair.isEmpty),
-                        "file": ["driver": "file", "filename": .string(path)],
-                    ], inheriting: inherited)
-                let uses: Permission =
-                    repair.isEmpty ? .consistentRead : [.consistentRead, .write, .resize]
-                let edge = try graph.attach(
-                    NamedUser("test"), to: node, Access(uses: uses, shares: .all))
-                node.release("opening")
                 let report = try await edge.check(repair)
                 try await graph.detach(edge)
                 try await graph.closeAll()
                 return report
             } catch {
+                // The lock goes with the last use.
+                try? await graph.detach(edge)
                 try? await graph.closeAll()
                 throw error
             }

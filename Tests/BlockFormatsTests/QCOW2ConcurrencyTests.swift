@@ -153,6 +153,38 @@ import Testing
         #expect(operations == 2)
     }
 
+    /// Clusters that are there already, and read as zeroes, are filled like new ones.
+    @Test func aWriteOverZeroClustersStopsAtOneThatIsBeingFilled() async throws {
+        let simulation = Self.simulation()
+        try await QCOW2SimulationTests.create(
+            simulation, clusterSize: Self.clusterSize, isLazy: false, size: Self.size,
+            more: ["preallocation": "metadata"])
+        let (failures, data) = try await simulation.run { thread throws(BlockError) in
+            let (graph, edge) = try await Self.open(thread)
+            // So that the table is in the cache, and both requests see the same.
+            try await edge.write(0, from: try Self.filled(4096, 1))
+            try await edge.writeZeroes(ByteRange(4 * Self.clusterSize, 2 * Self.clusterSize))
+            let failures = await Self.atOnce(thread, 2) { index throws(BlockError) in
+                let cluster = Self.clusterSize
+                if index == 0 {
+                    try await edge.write(
+                        5 * cluster + 32768, from: try Self.filled(4096, 2))
+                } else {
+                    try await edge.write(4 * cluster, from: try Self.filled(cluster + 4096, 3))
+                }
+            }
+            let vector = try Self.filled(2 * Self.clusterSize, 9)
+            try await edge.read(4 * Self.clusterSize, into: vector)
+            try await Self.close(graph, edge)
+            return (failures, vector.array)
+        }
+        #expect(failures == [])
+        var expected = [UInt8](repeating: 0, count: 2 * Self.clusterSize)
+        for index in 0..<Self.clusterSize + 4096 { expected[index] = 3 }
+        for index in 0..<4096 { expected[Self.clusterSize + 32768 + index] = 2 }
+        #expect(data == expected)
+    }
+
     @Test(arguments: 1...6 as ClosedRange<UInt64>)
     func writesBesideAnAllocationThatFailsAreThereAllTheSame(seed: UInt64) async throws {
         let simulation = Simulation(seed: seed)

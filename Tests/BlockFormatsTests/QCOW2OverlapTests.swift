@@ -84,6 +84,29 @@ import Testing
         }
     }
 
+    /// A new one would go where the header is.
+    @Test(arguments: ["cached", "none"])
+    func theFirstRefcountBlockIsNeverMadeAnew(template: String) async throws {
+        let folder = try image { $0.l2 + 65536 }
+        var bytes = QCOW2Bytes(bytes: try folder.bytes("a.qcow2"))
+        bytes.set(Int(bytes.number(48)), 0)
+        try folder.write(bytes.bytes, "a.qcow2")
+        await #expect(throws: BlockError.self) {
+            try await folder.open(
+                "a.qcow2", options: ["overlap-check": .string(template)]
+            ) { edge throws(BlockError) in
+                let vector = try IOVector(allocating: 4096)
+                vector.fill(1)
+                try await edge.write(1 << 20, from: vector)
+            }
+        }
+        let after = try folder.bytes("a.qcow2")
+        // All but the incompatible features, where the corrupt bit is.
+        #expect(after[..<72] == bytes.bytes[..<72])
+        #expect(QCOW2Bytes(bytes: after).number(72) == 2)
+        #expect(after[80..<65536] == bytes.bytes[80..<65536])
+    }
+
     @Test func theTemplatesAreWhatTheyAreCalled() throws {
         func read(_ value: JSONValue) throws -> QCOW2OverlapCheck {
             try QCOW2OverlapCheck.read(OptionReader(["overlap-check": value], of: "test"))

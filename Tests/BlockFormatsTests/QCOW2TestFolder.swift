@@ -95,16 +95,17 @@ final class QCOW2TestFolder: Sendable {
                 for (key, value) in more.members { all[key] = value }
             }
             let node = try await graph.open(.object(all), monitorOwned: true)
+            let uses: Permission = writable ? [.consistentRead, .write, .resize] : .consistentRead
+            let edge = try graph.attach(
+                NamedUser("test"), to: node, Access(uses: uses, shares: .all))
             do throws(BlockError) {
-                let uses: Permission =
-                    writable ? [.consistentRead, .write, .resize] : .consistentRead
-                let edge = try graph.attach(
-                    NamedUser("test"), to: node, Access(uses: uses, shares: .all))
                 let result = try await body(edge)
                 try await graph.detach(edge)
                 try await graph.closeAll()
                 return result
             } catch {
+                // The lock goes with the last use.
+                try? await graph.detach(edge)
                 try? await graph.closeAll()
                 throw error
             }

@@ -18,10 +18,10 @@ enum QCOW2Creation {
             try options.enumeration("preallocation", as: Preallocation.self) ?? .off
         var header = try header(options, size: size, preallocation)
         let encryption = try QCOW2EncryptionCreation(options, creation.graph)
-        guard encryption == nil || preallocation == .off else {
+        guard encryption == nil || preallocation == .off || header.version == 3 else {
             throw BlockError(
-                .unsupported, "an encrypted image cannot be made with preallocation yet",
-                remedy: "use preallocation=off")
+                .unsupported, "version 2 of qcow2 cannot preallocate clusters of encrypted images",
+                remedy: "use version=v3")
         }
         let target = try await creation.target("file")
         let data = try await dataFile(creation, &header)

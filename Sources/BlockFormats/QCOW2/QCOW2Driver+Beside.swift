@@ -99,8 +99,7 @@ extension QCOW2Driver {
         _ other: QCOW2Allocation, _ offset: Int, _ vector: IOVector, _ lanes: QCOW2Lanes
     ) async throws(BlockError) -> Int {
         let count = min(vector.count, other.clusters.upperBound << geometry.clusterBits - offset)
-        // What is encrypted is written once, as a whole: nobody puts anything beside it or into it.
-        let way = isEncrypted ? .wait : other.way(for: offset..<(offset + count))
+        let way = other.way(for: offset..<(offset + count))
         guard way != .wait else {
             await other.queue.wait()
             return 0

@@ -110,7 +110,9 @@ extension QCOW2Driver {
             ? keepsSubclusters(old) && old.offset != 0 : run.kind == .zeroAllocated && run.isCopied
         let limit: Int
         if reuses {
-            limit = hasSubclusters ? first + 1 : (offset + run.count - 1) >> bits + 1
+            let end = hasSubclusters ? first + 1 : (offset + run.count - 1) >> bits + 1
+            // Whoever fills one of them already has it alone.
+            limit = (first + 1..<max(end, first + 1)).first { conflict($0) != nil } ?? end
         } else {
             limit = clustersToAllocate(slice, first, (offset + vector.count - 1) >> bits + 1)
         }

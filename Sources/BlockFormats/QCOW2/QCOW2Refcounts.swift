@@ -318,6 +318,10 @@ final class QCOW2Refcounts {
         }
         guard blockOffset(of: cluster) == 0 else { return }
         let index = cluster >> geometry.refcountBlockBits
+        // The header is there, whatever is counted.
+        guard index > 0 else {
+            throw await image.corruption("the first refcount block is missing")
+        }
         // Nothing is counted there, so nothing is used: the blocks take its first clusters.
         let area = index << geometry.refcountBlockBits
         if index < table.count {
@@ -333,6 +337,8 @@ final class QCOW2Refcounts {
     /// Writes `blocks` refcount blocks at cluster `area`, which count its first `used` clusters.
     private func writeNewBlocks(_ area: Int, blocks: Int, used: Int) async throws(BlockError) {
         await image.file.reached(.refblockAlloc)
+        try await image.checkOverlap(
+            area << geometry.clusterBits, used << geometry.clusterBits, "refcount blocks")
         try await image.ensureSize((area + used) << geometry.clusterBits)
         highest = max(highest, area + used)
         let vector = try IOVector(allocating: blocks << geometry.clusterBits)
