@@ -85,6 +85,12 @@ public final class BlockNode: @unchecked Sendable {
         openDriver = driver
     }
 
+    /// Puts another driver of the same image in the place of the open one, which has written
+    /// everything out and is not closed. For that driver, while the node is drained.
+    public func replaceDriver(with driver: any BlockDriver) {
+        setDriver(driver)
+    }
+
     public var isReadOnly: Bool { options.isReadOnly }
 
     /// A node's users, for queries and errors.

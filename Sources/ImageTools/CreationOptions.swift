@@ -158,6 +158,7 @@ extension CreationOption {
         case "qcow2":
             let names = [
                 "size", "compat", "backing_file", "backing_fmt", "lazy_refcounts", "refcount_bits",
+                "data_file", "data_file_raw",
             ]
             return qcow2.filter { names.contains($0.name) } + keys(prefix: "encrypt.")
         default: return []

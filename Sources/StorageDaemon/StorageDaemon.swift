@@ -17,7 +17,7 @@ public final class StorageDaemon: @unchecked Sendable {
     var nbdServer: NBDServer?
     /// In the order they were added.
     var exports: [ExportRecord] = []
-    var jobs: [CreationJob] = []
+    var jobs: [ImageJob] = []
     /// Secrets, credentials and the like, by identifier.
     var objects: [String: DaemonObject] = [:]
     /// What they were made with.

@@ -66,10 +66,13 @@ import Testing
     }
 
     /// The flags of each bitmap by its name, as `qemu-img info` tells them.
+    ///
+    /// - Parameter sharing: the image is open elsewhere.
     static func flagsByQEMU(
-        _ folder: QCOW2TestFolder, _ name: String
+        _ folder: QCOW2TestFolder, _ name: String, sharing: Bool = false
     ) throws -> [String: [String]] {
-        let text = try folder.run(["qemu-img", "info", "--output=json", name])
+        let text = try folder.run(
+            ["qemu-img", "info", "--output=json"] + (sharing ? ["-U"] : []) + [name])
         let data = try JSONParser.parse(text)["format-specific"]?["data"]
         guard case .array(let list)? = data?["bitmaps"] else { return [:] }
         var result: [String: [String]] = [:]

@@ -66,6 +66,17 @@ struct QCOW2Bytes {
     var l2: Int { Int(number(l1) & 0x00ff_ffff_ffff_fe00) }
     /// The entry of guest cluster `index`.
     func entry(_ index: Int) -> Int { l2 + index * 8 }
+
+    /// The place of the directory of the bitmaps; `nil` for none.
+    var bitmapDirectory: Int? {
+        var place = 112
+        while number(place) >> 32 != 0 {
+            let count = Int(number(place) & 0xffff_ffff)
+            if number(place) >> 32 == 0x2385_2875 { return Int(number(place + 24)) }
+            place += 8 + (count + 7) & ~7
+        }
+        return nil
+    }
 }
 
 @Suite struct QCOW2CheckTests {

@@ -66,6 +66,13 @@ final class QCOW2TestFolder: Sendable {
         try run(["qemu-img", "check", "-f", "qcow2", name])
     }
 
+    /// ``check(_:)`` of an image that is encrypted for the secret `good`.
+    func checkEncrypted(_ name: String) throws {
+        try run(
+            ["qemu-img", "check"] + Self.objects
+                + ["--image-opts", "driver=qcow2,file.filename=\(name),encrypt.key-secret=good"])
+    }
+
     func bytes(_ name: String) throws -> [UInt8] {
         [UInt8](try Data(contentsOf: URL(fileURLWithPath: self[name])))
     }

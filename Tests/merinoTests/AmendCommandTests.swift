@@ -118,7 +118,8 @@ import Testing
         let work = try Workplace()
         try work.tool("qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "1M")
         for (options, word) in [
-            ("cluster_size=4k", "cluster_size"), ("refcount_bits=8", "width"),
+            ("cluster_size=4k", "cluster_size"), ("refcount_bits=3", "refcount-bits"),
+            ("data_file=x", "data file"), ("data_file_raw=on", "data-file-raw"),
             ("encrypt.state=inactive,encrypt.keyslot=0", "LUKS"), ("compat=4", "version"),
         ] {
             let result = try amend(work, ["-f", "qcow2", "-o", options, "a.qcow2"])

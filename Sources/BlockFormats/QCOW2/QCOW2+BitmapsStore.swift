@@ -42,15 +42,16 @@ final class QCOW2Bitmaps: BitmapStore {
     /// Reads the directory. An image that is open read-only goes on without bitmaps when it is
     /// damaged.
     ///
+    /// - Parameter writable: the image will be written.
     /// - Throws: `corrupt` when it is not what the specification says, and when it cannot be read.
-    func readDirectory() async throws(BlockError) {
+    func readDirectory(writable: Bool) async throws(BlockError) {
         do throws(BlockError) {
-            try await readEntries()
+            try await readEntries(writable: writable)
             isRead = true
         } catch {
             entries = []
             directory = nil
-            guard node.isReadOnly else {
+            guard !writable else {
                 throw BlockError(
                     error.code, "its dirty bitmaps cannot be used: \(error.message)",
                     remedy: "repair it, or open it with read-only=on", node: error.node)
@@ -60,13 +61,13 @@ final class QCOW2Bitmaps: BitmapStore {
         }
     }
 
-    private func readEntries() async throws(BlockError) {
+    private func readEntries(writable: Bool) async throws(BlockError) {
         let type = QCOW2.HeaderExtension.bitmaps
         guard image.header.hasBitmaps,
             let found = image.header.extensions.first(where: { $0.type == type })
         else {
             // Some program wrote the image and knew nothing of them: they say nothing any more.
-            if !node.isReadOnly { forgetDirectory() }
+            if writable { forgetDirectory() }
             return
         }
         let place = try QCOW2.BitmapsExtension(
@@ -119,7 +120,11 @@ final class QCOW2Bitmaps: BitmapStore {
         guard offset < image.file.size else { return }
         for step in 0..<geometry.clusterCount(for: min(bytes, image.file.size - offset)) {
             let cluster = offset + step << geometry.clusterBits
-            if isProtected { image.addTable(at: cluster) } else { image.removeTable(at: cluster) }
+            if isProtected {
+                image.addBitmapTable(at: cluster)
+            } else {
+                image.removeBitmapTable(at: cluster)
+            }
         }
     }
 
@@ -223,7 +228,7 @@ final class QCOW2Bitmaps: BitmapStore {
             changing = nil
             queue.wakeAll()
         }
-        if !isRead { try await readDirectory() }
+        if !isRead { try await readDirectory(writable: !node.isReadOnly) }
         return try await body()
     }
 
@@ -233,6 +238,7 @@ final class QCOW2Bitmaps: BitmapStore {
         try await exclusively { () throws(BlockError) in
             guard node.awaitsFirstChange else { return }
             if let failure { throw failure }
+            try await image.writeStaleHeader()
             guard let directory else {
                 node.awaitsFirstChange = false
                 return
@@ -242,6 +248,9 @@ final class QCOW2Bitmaps: BitmapStore {
                 marked[index].flags.insert(.inUse)
             }
             let bytes = QCOW2.BitmapEntry.serialise(marked)
+            try await image.checkOverlap(
+                directory.directoryOffset, bytes.count, ignoring: .bitmapDirectory,
+                "the directory of the bitmaps")
             try await image.file.write(
                 directory.directoryOffset, from: try QCOW2Image.vector(bytes))
             try await image.file.flush()
@@ -478,7 +487,7 @@ extension QCOW2Bitmaps {
     /// As image information tells of them; `nil` where there are none.
     func information() async -> JSONValue? {
         // Information is there of images, too, whose bitmaps are not.
-        if !isRead { try? await readDirectory() }
+        if !isRead { try? await readDirectory(writable: !node.isReadOnly) }
         let usable = entries.filter(\.isUsable)
         if usable.isEmpty { return nil }
         return .array(

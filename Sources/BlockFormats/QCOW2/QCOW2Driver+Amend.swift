@@ -2,7 +2,8 @@ import BlockCore
 import BlockGraph
 import QMP
 
-// Changing an image's version, backing file, size and keys (`amend`). Users' requests wait meanwhile.
+// Changing an image's version, refcount width, backing file, data file, size and keys (`amend`). Users'
+// requests wait meanwhile.
 //
 // Each step leaves an image that opens: what the new header promises is durable before the header is.
 
@@ -14,9 +15,14 @@ extension QCOW2Driver {
         var lazyRefcounts: Bool?
         var backingName: String?
         var backingFormat: String?
+        var dataFile: String?
+        var dataFileIsRaw: Bool?
         var size: Int?
         var keys: LUKSKeyChange?
     }
+
+    /// Other methods have no keys that could change.
+    private enum KeyFormat: String, CaseIterable { case luks }
 
     public func amend(_ amendment: ImageAmendment) async throws(BlockError) {
         try checkWritable()
@@ -28,13 +34,24 @@ extension QCOW2Driver {
             try await keys.apply(
                 to: area, masterKey: encryption?.masterKey, isForced: amendment.isForced)
         }
+        var driver = self
+        if let bits = changes.refcountBits, bits != 1 << geometry.refcountOrder {
+            driver = try await withRefcounts(ofOrder: bits.trailingZeroBitCount)
+        }
+        try await driver.carryOut(changes)
+        amendment.progress(1, 1)
+    }
+
+    private func carryOut(_ changes: Changes) async throws(BlockError) {
         if changes.backingName != nil || changes.backingFormat != nil {
             try await changeBacking(changes.backingName, changes.backingFormat)
+        }
+        if changes.dataFile != nil || changes.dataFileIsRaw == false {
+            try await changeDataFile(changes.dataFile, isRaw: changes.dataFileIsRaw)
         }
         if let isLazy = changes.lazyRefcounts { try await setLazyRefcounts(isLazy) }
         if let size = changes.size, size != node.size { try await resize(to: size, .off) }
         if changes.version == 2, image.header.version == 3 { try await downgrade() }
-        amendment.progress(1, 1)
     }
 
     private func changes(_ options: OptionReader) throws(BlockError) -> Changes {
@@ -46,8 +63,11 @@ extension QCOW2Driver {
         changes.lazyRefcounts = try options.bool("lazy-refcounts")
         changes.backingName = try options.string("backing-file")
         changes.backingFormat = try options.string("backing-fmt")
+        changes.dataFile = try options.string("data-file")
+        changes.dataFileIsRaw = try options.bool("data-file-raw")
         changes.size = try options.size("size")
         if let group = try options.object("encrypt") {
+            _ = try group.enumeration("format", as: KeyFormat.self)
             changes.keys = try LUKSKeyChange(group, node.graph)
             try group.finish()
         }
@@ -63,29 +83,57 @@ extension QCOW2Driver {
             throw BlockError(
                 .invalidArgument, "lazy refcounts need version 3 of qcow2", remedy: "use compat=v3")
         }
-        if let bits = changes.refcountBits, bits != 1 << header.refcountOrder {
-            throw BlockError(
-                .unsupported,
-                "the width of refcounts cannot be changed from \(1 << header.refcountOrder) bits "
-                    + "to \(bits)", remedy: "convert the image")
+        if let bits = changes.refcountBits {
+            guard bits.isPowerOfTwo, bits <= 64 else {
+                throw BlockError(
+                    .invalidArgument,
+                    "'refcount-bits' must be a power of two up to 64, not \(bits)")
+            }
+            guard bits == 16 || version == 3 else {
+                throw BlockError(
+                    .invalidArgument, "refcounts of other than 16 bits need version 3 of qcow2",
+                    remedy: "use compat=v3")
+            }
+            if bits != 1 << geometry.refcountOrder { try checkReaders() }
         }
+        try checkDataFile(changes)
         if changes.keys != nil, encryption?.area == nil {
             throw BlockError(
                 .invalidArgument, "the image has no LUKS header whose keys could change")
         }
-        if changes.version == 2, header.version == 3 { try checkDowngrade() }
+        if changes.version == 2, header.version == 3 {
+            try checkDowngrade(changes.refcountBits ?? 1 << header.refcountOrder)
+        }
     }
 
-    private func checkDowngrade() throws(BlockError) {
+    private func checkDataFile(_ changes: Changes) throws(BlockError) {
+        guard hasDataFile || changes.dataFile == nil else {
+            throw BlockError(
+                .invalidArgument,
+                "the image has no external data file that could have another name",
+                remedy: "convert the image to one that has")
+        }
+        guard changes.dataFileIsRaw != true || isRawDataFile else {
+            throw BlockError(
+                .invalidArgument,
+                "'data-file-raw' cannot be set of an image that is there: its data file may lack "
+                    + "what the tables say", remedy: "convert the image to one that has it")
+        }
+    }
+
+    private func checkDowngrade(_ refcountBits: Int) throws(BlockError) {
         let header = image.header
         var obstacle: String?
-        if header.refcountOrder != 4 { obstacle = "refcounts of other than 16 bits" }
+        if refcountBits != 16 { obstacle = "refcounts of other than 16 bits" }
         if !header.incompatible.subtracting([.dirty, .corrupt]).isEmpty {
             let names = header.featureNames(header.incompatible.subtracting([.dirty, .corrupt]))
             obstacle = names.joined(separator: ", ")
         }
-        if header.snapshotCount > 0 {
-            obstacle = "internal snapshots, which may hold zero clusters"
+        if snapshots.contains(where: { diskSize(of: $0) != header.size }) {
+            obstacle = "internal snapshots of other sizes"
+        }
+        if snapshots.contains(where: { $0.vmStateSize > UInt64(UInt32.max) }) {
+            obstacle = "internal snapshots with 4 GiB of a machine's state, or more"
         }
         if header.hasBitmaps { obstacle = "persistent dirty bitmaps" }
         if let obstacle {
@@ -146,6 +194,49 @@ extension QCOW2Driver {
         }
     }
 
+    /// - Parameters:
+    ///   - name: of the data file, empty for none in the header; `nil` as it is.
+    ///   - isRaw: `false`: it need not be a raw image any more.
+    private func changeDataFile(_ name: String?, isRaw: Bool?) async throws(BlockError) {
+        try await rewriteHeader { header in
+            if isRaw == false { header.autoclear.remove(.rawExternalData) }
+            guard let name else { return }
+            let type = QCOW2.HeaderExtension.externalDataName
+            header.extensions.removeAll { $0.type == type }
+            if !name.isEmpty {
+                header.extensions.insert(.init(type: type, data: Array(name.utf8)), at: 0)
+            }
+            header.dropNamesIfTooLong()
+        }
+    }
+
+    // MARK: Refcounts
+
+    /// Gives the image refcounts of another width, and the node a driver that knows them.
+    ///
+    /// - Returns: that driver; this one is done.
+    private func withRefcounts(ofOrder order: Int) async throws(BlockError) -> QCOW2Driver {
+        try await writeOutForClosing()
+        var hasSwitched = false
+        do throws(BlockError) {
+            try await QCOW2Check.changeWidth(
+                of: image.header, in: file, toOrder: order, on: thread
+            ) { hasSwitched = true }
+            let driver = try await Self.make(
+                node, file, data: hasDataFile ? data : nil, encryption,
+                try await Self.readHeader(file), options, writable: true)
+            cleaner?.cancel()
+            node.replaceDriver(with: driver)
+            driver.startCleaning()
+            return driver
+        } catch {
+            image.forgetFreshness()
+            // The header may name either: the old refcounts, which it names again, are complete.
+            guard hasSwitched else { throw error }
+            throw await image.corruption("refcounts of another width could not be put in place")
+        }
+    }
+
     private func setLazyRefcounts(_ isLazy: Bool) async throws(BlockError) {
         guard isLazy != image.header.compatible.contains(.lazyRefcounts) else { return }
         if !isLazy {
@@ -167,6 +258,7 @@ extension QCOW2Driver {
 
     /// Version 2 has no clusters of zeroes: they become unallocated, or data over a backing image.
     private func downgrade() async throws(BlockError) {
+        try await checkSnapshotsForZeroes()
         if image.header.compatible.contains(.lazyRefcounts) { try await setLazyRefcounts(false) }
         hasZeroFlag = true
         var offset = 0
@@ -188,6 +280,31 @@ extension QCOW2Driver {
             header.extensions.removeAll { $0.type == QCOW2.HeaderExtension.featureNames }
         }
         hasZeroFlag = false
+    }
+
+    /// - Throws: `unsupported` where a snapshot has clusters of zeroes: only the disk's can be written out.
+    private func checkSnapshotsForZeroes() async throws(BlockError) {
+        var seen = Set<UInt64>()
+        for snapshot in snapshots {
+            for entry in try await readL1(of: snapshot) {
+                let table = QCOW2.L1Entry(rawValue: entry).offset
+                guard table != 0, seen.insert(UInt64(table)).inserted else { continue }
+                let entries = try await Self.readTable(file, table, geometry.l2EntryCount)
+                guard entries.contains(where: Self.isZero) else { continue }
+                let name = QCOW2Check.printable(snapshot.name)
+                throw BlockError(
+                    .unsupported,
+                    "snapshot '\(name)' holds clusters of zeroes, which version 2 of qcow2 does not "
+                        + "know", remedy: "delete the snapshot, or convert the image")
+            }
+        }
+    }
+
+    private static func isZero(_ raw: UInt64) -> Bool {
+        switch QCOW2.L2Entry(rawValue: raw).kind(hasZeroFlag: true, hasDataFile: false) {
+        case .zeroPlain, .zeroAllocated: true
+        default: false
+        }
     }
 
     private func writeOutZeroes(_ range: ByteRange) async throws(BlockError) {

@@ -42,9 +42,12 @@ extension QCOW2Driver {
         _ = try await opening.child(
             "backing", roles: .cow, fallback: try await backingOptions(header, opening, file))
         let data = try await openDataFile(header, opening, file)
+        let encryption = try await QCOW2Encryption.open(
+            header, file, opening.options, on: opening.graph)
+        let options = try QCOW2Options(
+            reading: opening.options, header, discards: node.options.discards)
         let driver = try await make(
-            node, file, data: data, try await QCOW2Encryption.open(header, file, opening), header,
-            opening.options, writable: !node.isReadOnly)
+            node, file, data: data, encryption, header, options, writable: !node.isReadOnly)
         if !node.isReadOnly {
             try await driver.growDataFile(to: node.size)
             try await driver.prepareWriting()
@@ -57,11 +60,9 @@ extension QCOW2Driver {
     /// The driver of an image, from what the file has; nothing is written.
     static func make(
         _ node: BlockNode, _ file: Edge, data: Edge?, _ encryption: QCOW2Encryption?,
-        _ header: QCOW2.Header, _ reader: OptionReader, writable: Bool, discards: Bool? = nil
+        _ header: QCOW2.Header, _ options: QCOW2Options, writable: Bool
     ) async throws(BlockError) -> QCOW2Driver {
         if writable { try checkWritable(header) }
-        let options = try QCOW2Options(
-            reading: reader, header, discards: discards ?? node.options.discards)
         let image = QCOW2Image(node, file, header)
         image.overlapCheck = options.overlapCheck
         image.l1 = try await readTable(file, header.l1Offset, header.l1EntryCount)
@@ -77,7 +78,7 @@ extension QCOW2Driver {
         driver.encryption = encryption
         driver.takeLimits()
         try await driver.loadSnapshots(writable: writable)
-        try await driver.bitmaps.readDirectory()
+        try await driver.bitmaps.readDirectory(writable: writable)
         return driver
     }
 
@@ -225,16 +226,8 @@ extension QCOW2Driver {
 
     /// Makes an image that was just opened ready to be written.
     private func prepareWriting() async throws(BlockError) {
-        var changesHeader = false
-        let unknown = image.header.autoclear.subtracting(.known)
-        if !unknown.isEmpty {
-            image.header.autoclear.subtract(unknown)
-            changesHeader = true
-        }
-        if changesHeader {
-            try await image.writeHeader()
-            try await file.flush()
-        }
+        image.dropUnknownFeatures()
+        try await image.writeStaleHeader()
     }
 
     /// Drops unused tables from memory now and then.

@@ -1,49 +1,67 @@
 import BlockCore
 import BlockGraph
 
+// All options can change: everything is written out as for closing, dirty bitmaps included, and a driver
+// made from what is in the file takes this one's place. The bitmaps stay on the node, and are what is
+// stored: before the next change they are marked in use again.
+
 extension QCOW2Driver {
-    /// All options can change: everything is written out as for closing, and a driver made from what
-    /// is in the file takes this one's place.
     public func prepareReopening(
         _ reopening: NodeReopening
     ) async throws(BlockError) -> DriverReopening {
-        if reopening.isReadOnlyThen(child: file.name), !reopening.nodeOptions.isReadOnly {
-            guard reopening.nodeOptions.autoReadOnly else {
-                throw BlockError(
-                    .readOnly, "its file will be read-only", remedy: "reopen with read-only=on")
-            }
-            reopening.nodeOptions.isReadOnly = true
-        }
-        if isEncrypted {
-            throw BlockError(
-                .unsupported, "an encrypted image cannot be reopened yet",
-                remedy: "close it, and open it again")
-        }
+        try followStorage(reopening)
         try checkReaders()
         let writable = !reopening.nodeOptions.isReadOnly
+        let encryption = try await reopenedEncryption(reopening)
         try await writeOutForClosing()
         let header = try await Self.readHeader(file)
         if writable { try checkReopeningWritable(header) }
+        let options = try QCOW2Options(
+            reading: reopening.options, header, discards: reopening.nodeOptions.discards)
         let driver = try await Self.make(
-            node, file, data: hasDataFile ? data : nil, nil, header, reopening.options,
-            writable: writable, discards: reopening.nodeOptions.discards)
+            node, file, data: hasDataFile ? data : nil, encryption, header, options,
+            writable: writable)
+        if writable { driver.image.dropUnknownFeatures() }
         var result = DriverReopening()
         result.driver = driver
         result.commit = {
             self.cleaner?.cancel()
+            if driver.image.headerIsStale { driver.node.awaitsFirstChange = true }
             driver.startCleaning()
         }
         return result
     }
 
-    /// - Throws: `busy` while somebody reads a snapshot of the image, and `unsupported` for images that
-    ///   keep dirty bitmaps: both by way of this driver.
-    private func checkReaders() throws(BlockError) {
-        guard !image.header.hasBitmaps, !node.dirtyBitmaps.contains(where: \.isPersistent) else {
+    /// What cannot be written below is not written here.
+    private func followStorage(_ reopening: NodeReopening) throws(BlockError) {
+        guard !reopening.nodeOptions.isReadOnly else { return }
+        if hasDataFile, reopening.isReadOnlyThen(child: data.name) {
             throw BlockError(
-                .unsupported, "the image keeps dirty bitmaps, which do not follow it yet",
-                remedy: "close it, and open it again")
+                .readOnly, "its external data file will be read-only",
+                remedy: "reopen with read-only=on")
         }
+        guard reopening.isReadOnlyThen(child: file.name) else { return }
+        guard reopening.nodeOptions.autoReadOnly else {
+            throw BlockError(
+                .readOnly, "its file will be read-only", remedy: "reopen with read-only=on")
+        }
+        reopening.nodeOptions.isReadOnly = true
+    }
+
+    /// The keys stay, unless another secret is named: that is tried now.
+    private func reopenedEncryption(
+        _ reopening: NodeReopening
+    ) async throws(BlockError) -> QCOW2Encryption? {
+        let isChanged = reopening.isChanged("encrypt")
+        let given = try reopening.options.value("encrypt")
+        if encryption != nil, given == nil || !isChanged { return encryption }
+        let opened = try await QCOW2Encryption.open(
+            image.header, file, reopening.options, on: node.graph)
+        return opened?.cipher == nil ? encryption : opened
+    }
+
+    /// - Throws: `busy` while somebody reads a snapshot of the image, by way of this driver.
+    func checkReaders() throws(BlockError) {
         guard let reader = snapshotUsers.first else { return }
         throw BlockError(
             .busy, "'\(reader.name)' reads a snapshot of the image", remedy: "close that node first"
@@ -56,13 +74,17 @@ extension QCOW2Driver {
         guard node.isReadOnly else { return }
         let remedy = "close it, and open it again with read-only=off"
         // The file cannot be written yet.
-        if header.incompatible.contains(.dirty)
-            || !header.autoclear.subtracting(.known).isEmpty
-        {
+        if header.incompatible.contains(.dirty) {
             throw BlockError(
                 .unsupported,
-                "the image was not closed cleanly, or by a program that knows more of it: it has to "
-                    + "be put in order before it is written", remedy: remedy)
+                "the image was not closed cleanly: it has to be put in order before it is written",
+                remedy: remedy)
+        }
+        if hasDataFile, data.size < header.size {
+            throw BlockError(
+                .unsupported,
+                "the external data file is shorter than the disk, and has to grow "
+                    + "before it is written", remedy: remedy)
         }
         if node.options.sharesAll || file.node.options.sharesAll {
             throw BlockError(

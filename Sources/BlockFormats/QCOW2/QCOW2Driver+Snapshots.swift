@@ -27,7 +27,7 @@ extension QCOW2Driver: InternalSnapshotStore {
     }
 
     /// Parsing checked that it fits.
-    private func diskSize(of snapshot: QCOW2.Snapshot) -> Int {
+    func diskSize(of snapshot: QCOW2.Snapshot) -> Int {
         snapshot.diskSize.map { Int(clamping: $0) } ?? image.header.size
     }
 
@@ -400,6 +400,8 @@ extension QCOW2Driver: InternalSnapshotStore {
 
     func writeActiveL1() async throws(BlockError) {
         if image.l1.isEmpty { return }
+        try await image.checkOverlap(
+            image.header.l1Offset, image.l1.count * 8, ignoring: .activeL1, "the L1 table")
         try await file.write(
             image.header.l1Offset,
             from: try QCOW2Image.vector(QCOW2Refcounts.bigEndian(image.l1[...])))

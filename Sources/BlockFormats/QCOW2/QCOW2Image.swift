@@ -15,12 +15,16 @@ final class QCOW2Image {
     private(set) var tableClusters = Set<Int>()
     /// Those of refcount blocks.
     private(set) var refcountClusters = Set<Int>()
+    /// Those of the directory and the tables of dirty bitmaps.
+    private(set) var bitmapClusters = Set<Int>()
     /// Bytes of the snapshots' own tables: apart from each other, in order.
     private var snapshotTables: [Range<Int>] = []
     /// Set once the image is found corrupt: nothing is written any more.
     private(set) var writeFailure: BlockError?
     /// It is told once.
     private var corruptionIsTold = false
+    /// The header on disk vouches for what the first change makes untrue.
+    private(set) var headerIsStale = false
     private var growing: QCOW2WaitQueue?
     private var headerWriting: QCOW2WaitQueue?
     /// From here on the file was grown by this driver: bytes that nobody wrote are zeroes.
@@ -54,6 +58,21 @@ final class QCOW2Image {
         padded.append(contentsOf: [UInt8](repeating: 0, count: length - bytes.count))
         let vector = try Self.vector(padded)
         try await file.write(0, from: vector)
+    }
+
+    /// A writer clears the bits of what it does not know: from now on that is not true any more.
+    func dropUnknownFeatures() {
+        guard !header.autoclear.isSubset(of: .known) else { return }
+        header.autoclear.formIntersection(.known)
+        headerIsStale = true
+    }
+
+    /// Brings ``dropUnknownFeatures()`` to disk, before the first change.
+    func writeStaleHeader() async throws(BlockError) {
+        guard headerIsStale else { return }
+        try await writeHeader()
+        try await file.flush()
+        headerIsStale = false
     }
 
     static func vector(_ bytes: [UInt8]) throws(BlockError) -> IOVector {
@@ -95,10 +114,19 @@ final class QCOW2Image {
         }
     }
 
+    /// The file was written by way of others: what lies past its use may not be zeroes.
+    func forgetFreshness() { grownFrom = max(grownFrom, file.size) }
+
     // MARK: Corruption
 
     func addTable(at offset: Int) { tableClusters.insert(offset >> geometry.clusterBits) }
     func removeTable(at offset: Int) { tableClusters.remove(offset >> geometry.clusterBits) }
+    func addBitmapTable(at offset: Int) {
+        bitmapClusters.insert(offset >> geometry.clusterBits)
+    }
+    func removeBitmapTable(at offset: Int) {
+        bitmapClusters.remove(offset >> geometry.clusterBits)
+    }
     func addRefcountBlock(at offset: Int) {
         refcountClusters.insert(offset >> geometry.clusterBits)
     }

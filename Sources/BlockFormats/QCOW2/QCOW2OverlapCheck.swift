@@ -112,6 +112,11 @@ extension QCOW2Image {
             if checked.contains(.refcountBlock), refcountClusters.contains(cluster) {
                 return "refcount block"
             }
+            if checked.contains(.bitmapDirectory), !bitmapClusters.isEmpty,
+                bitmapClusters.contains(cluster)
+            {
+                return "table of a dirty bitmap"
+            }
             cluster += 1
         }
         if !checked.isDisjoint(with: .snapshots), overlapsSnapshotTable(host..<(host + count)) {

@@ -93,6 +93,12 @@ extension StorageDaemon {
                 .required("options", .named("BlockdevCreateOptions"))),
             StorageDaemon.blockdevCreate),
         DaemonCommand(
+            CommandSchema(
+                "x-blockdev-amend", .required("job-id", .string), .required("node-name", .string),
+                .required("options", .named("BlockdevAmendOptions")), .optional("force", .boolean),
+                features: ["unstable"]),
+            StorageDaemon.blockdevAmend),
+        DaemonCommand(
             CommandSchema("job-dismiss", .required("id", .string)), StorageDaemon.jobDismiss),
         DaemonCommand(
             CommandSchema(

@@ -27,7 +27,7 @@ extension StorageDaemon {
             "undefined", "created", "running", "paused", "ready", "standby", "waiting", "pending",
             "aborting", "concluded", "null",
         ]),
-        "JobType": .enumeration(["create"]),
+        "JobType": .enumeration(["create", "amend"]),
         "JobInfo": .object(
             ObjectSchema([
                 .required("id", .string), .required("type", .named("JobType")),
@@ -267,6 +267,18 @@ extension StorageDaemon {
                 .required("format", .named("BlockdevQcow2EncryptionFormat")),
                 .optional("key-secret", .string),
             ])),
+        "Qcow2OverlapCheckMode": .enumeration(["none", "constant", "cached", "all"]),
+        "Qcow2OverlapCheckFlags": .object(
+            ObjectSchema(
+                [.optional("template", .named("Qcow2OverlapCheckMode"))]
+                    + [
+                        "main-header", "active-l1", "active-l2", "refcount-table",
+                        "refcount-block", "snapshot-table", "inactive-l1", "inactive-l2",
+                        "bitmap-directory",
+                    ].map { .optional($0, .boolean) })),
+        "Qcow2OverlapChecks": .alternate([
+            .named("Qcow2OverlapCheckFlags"), .named("Qcow2OverlapCheckMode"),
+        ]),
         "OnOffAuto": .enumeration(["auto", "on", "off"]),
         "OnCbwError": .enumeration(["break-guest-write", "break-snapshot"]),
         "BlkdebugEvent": .enumeration(DebugEvent.allCases.map(\.rawValue)),
@@ -304,6 +316,9 @@ extension StorageDaemon {
         "BlockdevCreateOptions": .object(
             ObjectSchema(
                 [.required("driver", .named("BlockdevDriver"))], isCheckedByReceiver: true)),
+        "BlockdevAmendOptions": .object(
+            ObjectSchema(
+                [.required("driver", .named("BlockdevDriver"))], isCheckedByReceiver: true)),
         "XDbgBlockGraph": .object(
             ObjectSchema([
                 .required("nodes", .array(.any)), .required("edges", .array(.any)),
@@ -337,6 +352,11 @@ extension StorageDaemon {
                 .optional("l2-cache-entry-size", .integer),
                 .optional("refcount-cache-size", .integer),
                 .optional("cache-clean-interval", .integer),
+                .optional("overlap-check", .named("Qcow2OverlapChecks")),
+                .optional("pass-discard-request", .boolean),
+                .optional("pass-discard-snapshot", .boolean),
+                .optional("pass-discard-other", .boolean),
+                .optional("discard-no-unref", .boolean),
             ]
         ),
         (

@@ -61,6 +61,7 @@ extension QCOW2Check {
                 newSnapshotTable.isEmpty ? 0 : layout.snapshotTable << clusterBits
             snapshotTableBytes = newSnapshotTable.count
         }
+        willSwitch()
         try await patchHeader()
         refcountTable = table
         movesL1 = false
@@ -76,8 +77,12 @@ extension QCOW2Check {
         for (offset, count) in [
             (header.l1Offset, header.l1EntryCount * 8),
             (header.snapshotsOffset, header.snapshotCount > 0 ? snapshotTableBytes : 0),
+            (header.refcountTableOffset, header.refcountTableClusters << clusterBits),
         ] where count > 0 && offset < fileSize {
             first = max(first, geometry.clusterCount(for: min(offset + count, fileSize)))
+        }
+        for index in refcountTable.indices {
+            if let block = refcountBlock(index) { first = max(first, block >> clusterBits + 1) }
         }
         let snapshotTable = first + (movesL1 ? l1ClusterCount : 0)
         let blocksFirst =

@@ -91,6 +91,9 @@ final class QCOW2Check {
     /// Ranges of clusters that hold structures other than L2 tables, in order; for repairs.
     var fixedStructures: [Range<Int>] = []
 
+    /// Called before the header names new refcounts.
+    var willSwitch: () -> Void = {}
+
     var report = CheckReport()
     /// The first pass over the tables reports, counts clusters, and repairs.
     var isSurvey = true
@@ -340,6 +343,7 @@ final class QCOW2Check {
         if header.version == 3 {
             start.bytes.storeBigEndian(header.incompatible.rawValue, at: 72)
             start.bytes.storeBigEndian(header.autoclear.rawValue, at: 88)
+            start.bytes.storeBigEndian(UInt32(header.refcountOrder), at: 96)
         }
         try await file.write(0, from: IOVector(start))
         try await file.flush()
