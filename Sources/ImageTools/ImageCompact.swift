@@ -7,7 +7,7 @@ import QMP
 ///
 /// 1. The image is held: nobody writes it until the end.
 /// 2. A new image with the same properties is made beside it (`NAME.partial`), and the data copied;
-///    what reads as zeroes is not stored.
+///    what reads as zeroes is not stored. Dirty bitmaps go with it.
 /// 3. Both are compared, backing images included.
 /// 4. The new image is made durable and takes the name in one step.
 ///
@@ -78,7 +78,9 @@ public struct ImageCompact: Sendable {
         }
         guard image.snapshots.isEmpty else {
             throw BlockError(
-                .unsupported, "the image has internal snapshots, which would be lost",
+                .unsupported,
+                "the image has internal snapshots: a copy would not share its data with them, and "
+                    + "lose what they hold of a machine's state",
                 remedy: "delete them first, or keep them with copies made by convert -l")
         }
         guard !image.isDirty else {
@@ -91,15 +93,35 @@ public struct ImageCompact: Sendable {
                 remedy: "rebase -u -b NAME -F FORMAT tells it")
         }
         let data = image.specific?["data"]
-        for (key, what) in [
-            ("data-file", "an external data file"), ("encrypt", "encryption"),
-            ("bitmaps", "dirty bitmaps"),
-        ] where data?[key] != nil {
+        if data?["data-file-raw"] != nil {
             throw BlockError(
-                .unsupported, "the image has \(what), which compacting does not keep yet")
+                .unsupported,
+                "the image's data is in an external data file, each byte at its place in the disk: "
+                    + "there is nothing to move together",
+                remedy: "discard what is not needed, as fstrim in the guest does")
         }
+        if data?["encrypt"] != nil {
+            throw BlockError(
+                .unsupported,
+                "the image is encrypted: a copy would have a key of its own, and lose the key slots",
+                remedy: "convert the image, with the keys that the copy is to have")
+        }
+        try checkBitmaps(data)
         if data?["corrupt"] == .bool(true) {
             throw BlockError(.corrupt, "the image is marked corrupt", remedy: "check -r all first")
+        }
+    }
+
+    /// - Throws: `corrupt` for those whose bits say nothing.
+    private static func checkBitmaps(_ data: JSONValue?) throws(BlockError) {
+        guard case .array(let list)? = data?["bitmaps"] else { return }
+        for bitmap in list {
+            guard case .array(let flags)? = bitmap["flags"], flags.contains("in-use"),
+                case .string(let name)? = bitmap["name"]
+            else { continue }
+            throw BlockError(
+                .corrupt, "the dirty bitmap '\(name)' is inconsistent and cannot be kept",
+                remedy: "remove it with 'bitmap --remove'")
         }
     }
 
@@ -126,11 +148,18 @@ public struct ImageCompact: Sendable {
         convert.backing = old.backingName
         convert.backingFormat = old.backingFormat
         convert.compresses = compresses
+        let bitmaps = old.specific?["data"]?["bitmaps"]
+        convert.copiesBitmaps = bitmaps != nil
         try await convert.run(in: session, progress: progress, unfinished: UnfinishedFile())
 
         let new = ImageSource(path, format: old.format)
         try await verify(known, new, in: session)
         let after = try await ImageInfo.gather(new, chain: false, in: session)[0]
+        guard after.specific?["data"]?["bitmaps"] == bitmaps else {
+            throw BlockError(
+                .corrupt, "the rewritten image has other dirty bitmaps",
+                remedy: "the image is as it was; check the storage")
+        }
         return Result(before: old.actualSize ?? 0, after: after.actualSize ?? 0)
     }
 

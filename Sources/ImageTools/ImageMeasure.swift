@@ -89,7 +89,7 @@ public struct ImageMeasure: Sendable {
         var object: JSONObject = [:]
         for option in known where !option.isOfFile {
             if let value = values[option.name] {
-                object[option.driverName] = option.driverValue(value)
+                object.set(option.driverName, option.driverValue(value))
             }
         }
         return try measure(try OptionReader(.object(object), of: "the new image"))

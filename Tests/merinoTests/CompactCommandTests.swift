@@ -87,6 +87,57 @@ import Testing
         #expect(try place.tool("stat", "-c", "%i", "a.qcow2").output == inode)
     }
 
+    @Test func dirtyBitmapsAreKept() throws {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "16M")
+        try place.tool("qemu-io", "-c", "write 0 12M", "-c", "write -P 0 0 8M", "a.qcow2")
+        for options in [["-g", "512", "a.qcow2", "fine"], ["--disable", "a.qcow2", "off"]] {
+            #expect(
+                try place.run("/usr/bin/env", ["qemu-img", "bitmap", "--add"] + options).status == 0
+            )
+        }
+        try place.tool("qemu-io", "-c", "write 9M 3k", "-c", "write 64k 1k", "a.qcow2")
+        try expectCompacted(place, "qcow2", "a.qcow2")
+        func told(_ arguments: String...) throws -> String {
+            let result = try place.run("/usr/bin/env", arguments)
+            #expect(result.status == 0, "\(result.errors)")
+            return result.output
+        }
+        func bits(_ name: String) throws -> String {
+            try told(
+                "nbdinfo", "--map=qemu:dirty-bitmap:fine", "--", "[", "qemu-nbd", "-r", "-f",
+                "qcow2",
+                "-B", "fine", name, "]")
+        }
+        #expect(try bits("a.qcow2") == bits("copy.a.qcow2"))
+        func bitmaps(_ name: String) throws -> [Substring] {
+            let text = try told("qemu-img", "info", name)
+            return text.split(separator: "\n").drop { !$0.contains("bitmaps:") }
+                .prefix { !$0.contains("refcount") }
+        }
+        #expect(try bitmaps("a.qcow2") == bitmaps("copy.a.qcow2"))
+        #expect(try place.tool("qemu-img", "check", "-q", "a.qcow2").status == 0)
+    }
+
+    @Test func whatCannotBeKeptIsNamed() throws {
+        let place = try Workplace()
+        let secret = ["--object", "secret,id=s,data=x"]
+        _ = try place.run(
+            "/usr/bin/env",
+            ["qemu-img", "create", "-q"] + secret
+                + [
+                    "-f", "qcow2", "-o",
+                    "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", "locked", "1M",
+                ])
+        try place.tool(
+            "qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=data", "apart", "1M")
+        for (name, word) in [("locked", "encrypted"), ("apart", "data file")] {
+            let result = try place.merino("compact", "-f", "qcow2", name)
+            #expect(result.status == 1 && result.errors.contains(word), "\(result.errors)")
+            #expect(!FileManager.default.fileExists(atPath: "\(place.folder)/\(name).partial"))
+        }
+    }
+
     @Test func whatWouldBeLostIsRefused() throws {
         let place = try Workplace()
         try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "16M")

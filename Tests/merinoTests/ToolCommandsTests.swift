@@ -52,6 +52,21 @@ import Testing
         }
     }
 
+    @Test func anEncryptedImagesNeedsAreThoseThatQEMUFinds() throws {
+        let place = try Workplace()
+        for more in ["", ",encrypt.cipher-alg=aes-128", ",cluster_size=4k", ",preallocation=full"] {
+            try expectLike(
+                place,
+                [
+                    "measure", "--object", "secret,id=s,data=x", "--size", "1G", "-O", "qcow2",
+                    "-o", "encrypt.format=luks,encrypt.key-secret=s" + more,
+                ])
+        }
+        try expectLike(
+            place, ["measure", "--size", "1G", "-O", "qcow2", "-o", "encrypt.format=luks"])
+        try expectLike(place, ["measure", "--size", "1G", "-O", "qcow2", "-o", "data_file=x"])
+    }
+
     @Test(
         "measure refuses", arguments: [[], ["--size", "1M", "a"], ["-O", "foo", "a"], ["none"]])
     func measureRefuses(_ arguments: [String]) throws {

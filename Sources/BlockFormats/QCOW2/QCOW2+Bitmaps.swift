@@ -137,32 +137,44 @@ extension QCOW2.BitmapEntry {
     static func parse(
         _ bytes: UnsafeRawBufferPointer, count: Int, clusterSize: Int
     ) throws(BlockError) -> [QCOW2.BitmapEntry] {
-        var entries: [QCOW2.BitmapEntry] = []
-        var names: Set<[UInt8]> = []
-        var offset = 0
-        while offset < bytes.count {
-            let rest = UnsafeRawBufferPointer(rebasing: bytes[offset...])
-            let entry = try QCOW2.BitmapEntry(parsing: rest, clusterSize: clusterSize)
-            guard names.insert(entry.name).inserted else {
-                throw BlockError(.corrupt, "two stored bitmaps have the same name")
-            }
-            entries.append(entry)
-            offset += entry.length
+        guard let entries = split(bytes) else {
+            throw BlockError(.corrupt, "the bitmap directory ends within an entry")
         }
         guard entries.count == count else {
             throw BlockError(
                 .corrupt,
                 "the bitmap directory has \(entries.count) entries, the header says \(count)")
         }
+        var names: Set<[UInt8]> = []
+        for entry in entries {
+            let name = QCOW2Check.printable(entry.name)
+            if let fault = entry.fault(clusterSize: clusterSize) {
+                throw BlockError(.corrupt, "the stored bitmap '\(name)' is broken: \(fault)")
+            }
+            guard names.insert(entry.name).inserted else {
+                throw BlockError(.corrupt, "two stored bitmaps have the name '\(name)'")
+            }
+        }
         return entries
     }
 
-    /// The entry at the start of `bytes`.
-    init(parsing bytes: UnsafeRawBufferPointer, clusterSize: Int) throws(BlockError) {
-        guard bytes.count >= Self.fixedLength else {
-            throw BlockError(.corrupt, "the bitmap directory ends within an entry")
+    /// The entries of a directory as they stand, sound or not; `nil` where it ends within one.
+    static func split(_ bytes: UnsafeRawBufferPointer) -> [QCOW2.BitmapEntry]? {
+        var entries: [QCOW2.BitmapEntry] = []
+        var offset = 0
+        while offset < bytes.count {
+            let rest = UnsafeRawBufferPointer(rebasing: bytes[offset...])
+            guard let entry = QCOW2.BitmapEntry(unchecked: rest) else { return nil }
+            entries.append(entry)
+            offset += entry.length
         }
-        let table: UInt64 = bytes.bigEndian(at: 0)
+        return entries
+    }
+
+    /// The entry at the start of `bytes`, whatever it says; `nil` where they end within it.
+    private init?(unchecked bytes: UnsafeRawBufferPointer) {
+        guard bytes.count >= Self.fixedLength else { return nil }
+        tableOffset = Int(clamping: bytes.bigEndian(at: 0, as: UInt64.self))
         tableCount = Int(bytes.bigEndian(at: 8, as: UInt32.self))
         flags = Flags(rawValue: bytes.bigEndian(at: 12))
         type = bytes[16]
@@ -170,32 +182,30 @@ extension QCOW2.BitmapEntry {
         let nameCount = Int(bytes.bigEndian(at: 18, as: UInt16.self))
         let extraCount = Int(bytes.bigEndian(at: 20, as: UInt32.self))
         let end = Self.fixedLength + extraCount + nameCount
-        guard (end + 7) & ~7 <= bytes.count else {
-            throw BlockError(.corrupt, "an entry reaches past the end of the bitmap directory")
-        }
-        guard nameCount > 0, nameCount <= QCOW2.Limit.bitmapNameBytesMax else {
-            throw BlockError(
-                .corrupt, "the name of a stored bitmap has \(nameCount) bytes")
-        }
-        guard table > 0, table < UInt64(QCOW2.Limit.hostOffsetMax),
-            Int(table).isAligned(to: clusterSize), tableCount > 0,
-            tableCount <= QCOW2.Limit.bitmapBytesMax / clusterSize
-        else {
-            throw BlockError(
-                .corrupt,
-                "the table of a stored bitmap is said to be at \(table), with \(tableCount) "
-                    + "entries")
-        }
-        guard granularityBits >= QCOW2.Limit.bitmapGranularityBitsMin,
-            granularityBits <= QCOW2.Limit.bitmapGranularityBitsMax,
-            flags.isSubset(of: .known)
-        else {
-            throw BlockError(
-                .corrupt, "a granularity or a flag of a stored bitmap is out of bounds")
-        }
-        tableOffset = Int(table)
+        guard (end + 7) & ~7 <= bytes.count else { return nil }
         extraData = Array(bytes[Self.fixedLength..<(Self.fixedLength + extraCount)])
         name = Array(bytes[(Self.fixedLength + extraCount)..<end])
+    }
+
+    /// What is wrong with the entry in itself, if anything is. Its type may be unknown.
+    func fault(clusterSize: Int) -> String? {
+        if name.isEmpty { return "it has no name" }
+        if name.count > QCOW2.Limit.bitmapNameBytesMax {
+            return "its name has \(name.count) bytes"
+        }
+        if !flags.isSubset(of: .known) { return "it has flags that are not known" }
+        if granularityBits < QCOW2.Limit.bitmapGranularityBitsMin
+            || granularityBits > QCOW2.Limit.bitmapGranularityBitsMax
+        {
+            return "its granularity is 2^\(granularityBits)"
+        }
+        guard tableOffset > 0, tableOffset < QCOW2.Limit.hostOffsetMax,
+            tableOffset.isAligned(to: clusterSize)
+        else { return "its table is said to be at \(tableOffset), which is no cluster" }
+        guard tableCount > 0, tableCount <= QCOW2.Limit.bitmapBytesMax / clusterSize else {
+            return "its table has \(tableCount) entries"
+        }
+        return nil
     }
 
     static func serialise(_ entries: [QCOW2.BitmapEntry]) -> [UInt8] {

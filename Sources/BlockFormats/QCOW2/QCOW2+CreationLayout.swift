@@ -20,6 +20,8 @@ extension QCOW2 {
         let dataClusterCount: Int
         /// The data clusters are in a file of their own, each at its guest offset.
         let hasDataFile: Bool
+        /// Clusters have a place, and yet show what is below: their subclusters are not there.
+        let showsBacking: Bool
 
         var refcountTableOffset: Int { 1 << geometry.clusterBits }
         var refcountBlocksOffset: Int {
@@ -37,7 +39,7 @@ extension QCOW2 {
         /// - Throws: `invalidArgument` when the disk is too large for the cluster size.
         init(
             size: Int, geometry: Geometry, isPreallocated: Bool, hasDataFile: Bool = false,
-            encryptionBytes: Int = 0
+            encryptionBytes: Int = 0, showsBacking: Bool = false
         ) throws(BlockError) {
             self.geometry = geometry
             self.size = size
@@ -53,6 +55,7 @@ extension QCOW2 {
             l1Clusters = geometry.clusterCount(for: l1EntryCount * 8)
             encryptionClusters = geometry.clusterCount(for: encryptionBytes)
             self.hasDataFile = hasDataFile
+            self.showsBacking = showsBacking
             dataClusterCount = isPreallocated ? geometry.clusterCount(for: size) : 0
             l2TableCount = dataClusterCount == 0 ? 0 : l1EntryCount
             // Refcounts count themselves: grow until they cover all.
@@ -103,9 +106,10 @@ extension QCOW2 {
                 if cluster < dataClusterCount {
                     value = L2Entry(
                         cluster: (hasDataFile ? 0 : dataOffset) + cluster << geometry.clusterBits,
-                        bitmap: geometry.hasSubclusters ? L2Entry.allAllocated : 0)
+                        bitmap: geometry.hasSubclusters && !showsBacking
+                            ? L2Entry.allAllocated : 0)
                     // Zeroes in the file would be decrypted to noise.
-                    if encryptionClusters > 0 {
+                    if encryptionClusters > 0, !showsBacking {
                         value = .zero(
                             keeping: value.rawValue, hasSubclusters: geometry.hasSubclusters)
                     }

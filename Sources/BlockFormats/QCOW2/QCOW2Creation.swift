@@ -39,7 +39,8 @@ enum QCOW2Creation {
         let layout = try QCOW2.CreationLayout(
             size: size, geometry: header.geometry,
             isPreallocated: preallocation != .off || isRaw, hasDataFile: data != nil,
-            encryptionBytes: encryption?.headerBytes ?? 0)
+            encryptionBytes: encryption?.headerBytes ?? 0,
+            showsBacking: !header.backingName.isEmpty)
         try await write(
             header, layout, data == nil ? preallocation : .off, encryption, to: target)
     }
@@ -153,10 +154,10 @@ enum QCOW2Creation {
             }
             return
         }
-        guard preallocation == .off else {
+        guard preallocation == .off || header.incompatible.contains(.extendedL2) else {
             throw BlockError(
                 .invalidArgument, "preallocation hides the backing file",
-                remedy: "leave one of them out")
+                remedy: "leave one of them out, or use extended-l2=on")
         }
         header.backingName = Array(name.utf8)
         guard header.backingName.count <= QCOW2.Limit.backingNameBytesMax else {

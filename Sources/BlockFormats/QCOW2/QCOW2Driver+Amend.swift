@@ -227,6 +227,7 @@ extension QCOW2Driver {
                 try await Self.readHeader(file), options, writable: true)
             cleaner?.cancel()
             node.replaceDriver(with: driver)
+            handReaders(to: driver)
             driver.startCleaning()
             return driver
         } catch {

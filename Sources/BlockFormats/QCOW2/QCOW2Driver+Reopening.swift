@@ -26,6 +26,7 @@ extension QCOW2Driver {
         result.driver = driver
         result.commit = {
             self.cleaner?.cancel()
+            self.handReaders(to: driver)
             if driver.image.headerIsStale { driver.node.awaitsFirstChange = true }
             driver.startCleaning()
         }
@@ -60,12 +61,22 @@ extension QCOW2Driver {
         return opened?.cipher == nil ? encryption : opened
     }
 
-    /// - Throws: `busy` while somebody reads a snapshot of the image, by way of this driver.
+    /// - Throws: `busy` while somebody is about to read a snapshot of the image.
     func checkReaders() throws(BlockError) {
-        guard let reader = snapshotUsers.first else { return }
+        guard snapshotUsers.count != snapshotReaders.count, let user = snapshotUsers.last else {
+            return
+        }
         throw BlockError(
-            .busy, "'\(reader.name)' reads a snapshot of the image", remedy: "close that node first"
-        )
+            .busy, "'\(user.name)' is being opened, to read a snapshot of the image")
+    }
+
+    /// Those who read snapshots by way of this driver do so by way of `driver` from now on.
+    func handReaders(to driver: QCOW2Driver) {
+        driver.snapshotUsers = snapshotUsers
+        driver.snapshotReaders = snapshotReaders
+        for reader in snapshotReaders { reader.follow(driver) }
+        snapshotUsers = []
+        snapshotReaders = []
     }
 
     /// - Throws: when the image cannot be written after a reopening.

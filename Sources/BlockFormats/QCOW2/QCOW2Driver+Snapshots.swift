@@ -248,8 +248,10 @@ extension QCOW2Driver: InternalSnapshotStore {
                     "the L1 table of snapshot '\(identifier)' is too short for its disk of "
                         + "\(size) bytes", remedy: "repair the image", node: node.name)
             }
-            return QCOW2SnapshotReader(
+            let reader = QCOW2SnapshotReader(
                 self, l1, size: size, user: (snapshot.identifier, user.name))
+            snapshotReaders.append(reader)
+            return reader
         } catch {
             closeSnapshot(snapshot.identifier, user: user.name)
             throw error
@@ -493,14 +495,20 @@ extension QCOW2Driver: InternalSnapshotStore {
 
     /// Where writes of data must not go.
     private func noteSnapshotClusters() async throws(BlockError) {
-        guard !image.overlapCheck.isDisjoint(with: .snapshots) else { return }
-        var tables = [snapshotTable.offset..<snapshotTable.end]
+        let checked = image.overlapCheck
+        guard !checked.isDisjoint(with: .snapshots) else { return }
+        var tables: [Range<Int>] = []
+        if checked.contains(.snapshotTable) {
+            tables.append(snapshotTable.offset..<snapshotTable.end)
+        }
         var entriesLeft = QCOW2.Limit.snapshotL2CheckedMax
         for snapshot in snapshots {
             let bytes = l1Clusters(snapshot.l1EntryCount) << geometry.clusterBits
-            tables.append(snapshot.l1Offset..<(snapshot.l1Offset + bytes))
+            if checked.contains(.inactiveL1) {
+                tables.append(snapshot.l1Offset..<(snapshot.l1Offset + bytes))
+            }
             entriesLeft -= snapshot.l1EntryCount
-            guard image.overlapCheck == .all, entriesLeft >= 0 else { continue }
+            guard checked.contains(.inactiveL2), entriesLeft >= 0 else { continue }
             for entry in try await readL1(of: snapshot) {
                 let table = QCOW2.L1Entry(rawValue: entry).offset
                 if table != 0 { tables.append(table..<(table + geometry.clusterSize)) }

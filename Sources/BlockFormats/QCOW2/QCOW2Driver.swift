@@ -72,8 +72,10 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     var snapshots: [QCOW2.Snapshot] = []
     /// In the file, whole clusters.
     var snapshotTable = ByteRange(0, 0)
-    /// Readers of snapshots.
+    /// Who reads a snapshot, or is about to.
     var snapshotUsers: [(identifier: [UInt8], name: String)] = []
+    /// What they read it with.
+    var snapshotReaders: [QCOW2SnapshotReader] = []
     /// The dirty bit stands for a change of references that is under way, or was not finished.
     var changesReferences = false
 

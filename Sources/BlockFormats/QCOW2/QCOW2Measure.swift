@@ -12,10 +12,15 @@ enum QCOW2Measure {
         let preallocation =
             try options.enumeration("preallocation", as: Preallocation.self) ?? .off
         let header = try QCOW2Creation.header(options, size: size, preallocation)
+        let encryptionBytes = try QCOW2EncryptionCreation.headerBytes(options)
+        // Counted as if the data were in the image: where else it goes is not known here.
+        _ = try options.value("data-file")
+        _ = try options.bool("data-file-raw")
         try options.finish()
         // Tables for a disk that is full: data may come anywhere.
         let layout = try QCOW2.CreationLayout(
-            size: size, geometry: header.geometry, isPreallocated: true)
+            size: size, geometry: header.geometry, isPreallocated: true,
+            encryptionBytes: encryptionBytes)
         let data = layout.dataClusterCount << header.clusterBits
         // An empty disk needs no L1 table to be read, though images are made with one.
         let unneeded = size == 0 ? layout.l1Clusters << header.clusterBits : 0

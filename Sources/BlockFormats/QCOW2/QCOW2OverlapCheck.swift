@@ -93,11 +93,6 @@ extension QCOW2Image {
             return "refcount table"
         }
         if let place = header.encryptionPlace, range.overlaps(place) { return "encryption header" }
-        if checked.contains(.bitmapDirectory), header.autoclear.contains(.bitmaps),
-            let directory = bitmapDirectory, range.overlaps(directory)
-        {
-            return "directory of the bitmaps"
-        }
         return overlapOfTables(host, count, checked)
     }
 
@@ -123,20 +118,6 @@ extension QCOW2Image {
             return "table of a snapshot"
         }
         return nil
-    }
-
-    /// As the header has it.
-    private var bitmapDirectory: ByteRange? {
-        guard
-            let data = header.extensions.first(where: {
-                $0.type == QCOW2.HeaderExtension.bitmaps
-            })?.data, data.count >= 24
-        else { return nil }
-        return data.withUnsafeBytes { bytes in
-            ByteRange(
-                checking: bytes.bigEndian(at: 16, as: UInt64.self),
-                count: bytes.bigEndian(at: 8, as: UInt64.self))
-        }
     }
 
     /// Refuses to write over the image's own structures, and marks the image corrupt.

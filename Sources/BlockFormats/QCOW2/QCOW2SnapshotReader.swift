@@ -11,9 +11,9 @@ final class QCOW2SnapshotReader: SnapshotSource, QCOW2TableView, @unchecked Send
     static let cacheBytesMax = 1 << 20
 
     let snapshotSize: Int
-    private let driver: QCOW2Driver
+    private var driver: QCOW2Driver
     private let l1: [UInt64]
-    private let cache: QCOW2TableCache
+    private var cache: QCOW2TableCache
     private let user: (identifier: [UInt8], name: String)
 
     init(
@@ -23,8 +23,19 @@ final class QCOW2SnapshotReader: SnapshotSource, QCOW2TableView, @unchecked Send
         self.l1 = l1
         snapshotSize = size
         self.user = user
-        cache = QCOW2TableCache(
-            file: driver.file, sliceBytes: driver.l2.sliceBytes, bytesMax: Self.cacheBytesMax)
+        cache = Self.cache(driver)
+    }
+
+    private static func cache(_ driver: QCOW2Driver) -> QCOW2TableCache {
+        QCOW2TableCache(
+            file: driver.file, sliceBytes: driver.l2.sliceBytes, bytesMax: cacheBytesMax)
+    }
+
+    /// Goes on with the driver that takes the place of the one it came from. Nothing is in flight.
+    func follow(_ driver: QCOW2Driver) {
+        self.driver = driver
+        // Its slices may have another size.
+        cache = Self.cache(driver)
     }
 
     func slice(at offset: Int) async throws(BlockError) -> QCOW2TableCache.Slice? {
@@ -63,6 +74,7 @@ final class QCOW2SnapshotReader: SnapshotSource, QCOW2TableView, @unchecked Send
     }
 
     func close() {
+        driver.snapshotReaders.removeAll { $0 === self }
         driver.closeSnapshot(user.identifier, user: user.name)
     }
 }

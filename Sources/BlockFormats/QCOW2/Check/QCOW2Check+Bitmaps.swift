@@ -2,26 +2,12 @@ import BlockCore
 
 // Persistent dirty bitmaps (§Bitmaps extension, §Bitmap directory, §Bitmap table).
 //
-// extension   0 bitmaps     4 reserved        8 directory size   16 directory offset
-// directory   0 table offset   8 table entries   12 flags   16 type   17 granularity (log2)
-//            18 name length   20 length of extra data   24 extra data, name, padding to 8 bytes
-// table      offsets of clusters; 0 or 1 where all bits are clear or set
+// Entries are read as ``QCOW2/BitmapEntry`` is, and judged one by one: what is broken goes, the rest stays.
 
 extension QCOW2Check {
-    private static let directoryBytesMax = 64 << 20
-    private static let fixedBytes = 24
-    private static let tableEntryCountMax = 0x800_0000
-    private static let bitmapBytesMax = 512 << 20
-    private static let inUseFlag: UInt32 = 1
     private static let tableChunkBytes = 256 << 10
     /// Bits 1–8 and 56–63 of an entry of a bitmap table.
     private static let entryReservedMask: UInt64 = 0xff00_0000_0000_01fe
-
-    private struct DirectoryEntry {
-        var raw: [UInt8]
-        var name: String
-        var table: ByteRange?
-    }
 
     /// Reads the directory and finds what is wrong with the bitmaps. With repair, broken ones go.
     func readBitmaps() async throws(BlockError) {
@@ -41,78 +27,61 @@ extension QCOW2Check {
             return
         }
         bitmaps.directory = directory
-        var kept: [DirectoryEntry] = []
+        var kept: [QCOW2.BitmapEntry] = []
+        var names: Set<[UInt8]> = []
         for entry in entries {
-            if let fault = try await fault(of: entry) {
-                corruption("bitmap '\(entry.name)' is broken: \(fault)", mended: mendsErrors)
+            var fault = try await fault(of: entry)
+            if !names.insert(entry.name).inserted { fault = fault ?? "another one has its name" }
+            if let fault {
+                corruption(
+                    "bitmap '\(Self.printable(entry.name))' is broken: \(fault)",
+                    mended: mendsErrors)
                 if mendsErrors { continue }
             }
             kept.append(entry)
-            if let table = entry.table, table.count > 0 { bitmaps.tables.append(table) }
+            if let table = table(of: entry) { bitmaps.tables.append(table) }
         }
         if kept.count < entries.count { try await rewriteDirectory(directory, kept) }
     }
 
     private func bitmapDirectory(_ data: [UInt8]) -> (count: Int, ByteRange)? {
-        guard data.count >= 24 else { return nil }
-        let (count, size, offset) = data.withUnsafeBytes { bytes in
-            (
-                Int(bytes.bigEndian(at: 0, as: UInt32.self)),
-                bytes.bigEndian(at: 8, as: UInt64.self), bytes.bigEndian(at: 16, as: UInt64.self)
-            )
-        }
-        guard let range = ByteRange(checking: offset, count: size), range.offset > 0,
-            range.offset.isAligned(to: geometry.clusterSize), range.end <= fileSize,
-            range.count <= Self.directoryBytesMax, count > 0
+        guard
+            let place = try? QCOW2.BitmapsExtension(
+                parsing: data, clusterSize: geometry.clusterSize),
+            let range = ByteRange(
+                checking: UInt64(place.directoryOffset), count: place.directoryBytes),
+            range.end <= fileSize
         else { return nil }
-        return (count, range)
+        return (place.count, range)
     }
 
     private func directoryEntries(
         _ range: ByteRange, _ count: Int
-    ) async throws(BlockError) -> [DirectoryEntry]? {
+    ) async throws(BlockError) -> [QCOW2.BitmapEntry]? {
         let memory = try await read(range.offset, range.count)
-        let bytes = UnsafeRawBufferPointer(memory.bytes)
-        var entries: [DirectoryEntry] = []
-        var position = 0
-        while position < bytes.count {
-            guard bytes.count - position >= Self.fixedBytes else { return nil }
-            let nameLength = Int(bytes.bigEndian(at: position + 18, as: UInt16.self))
-            let extraLength = Int(bytes.bigEndian(at: position + 20, as: UInt32.self))
-            let length = (Self.fixedBytes + nameLength + extraLength + 7) & ~7
-            guard length <= bytes.count - position else { return nil }
-            let name = position + Self.fixedBytes + extraLength
-            let tableCount = Int(bytes.bigEndian(at: position + 8, as: UInt32.self))
-            entries.append(
-                DirectoryEntry(
-                    raw: Array(bytes[position..<(position + length)]),
-                    name: Self.printable(bytes[name..<(name + nameLength)]),
-                    table: ByteRange(
-                        checking: bytes.bigEndian(at: position, as: UInt64.self),
-                        count: tableCount * 8)))
-            position += length
-        }
-        return entries.count == count ? entries : nil
+        let entries = QCOW2.BitmapEntry.split(UnsafeRawBufferPointer(memory.bytes))
+        return entries?.count == count ? entries : nil
+    }
+
+    /// The place of an entry's table, if a file can have it.
+    private func table(of entry: QCOW2.BitmapEntry) -> ByteRange? {
+        guard entry.tableOffset > 0, entry.tableCount > 0,
+            entry.tableOffset < QCOW2.Limit.hostOffsetMax
+        else { return nil }
+        return ByteRange(entry.tableOffset, entry.tableCount * 8)
     }
 
     /// What is wrong with a bitmap, if anything is.
-    private func fault(of entry: DirectoryEntry) async throws(BlockError) -> String? {
-        let (flags, type, granularity) = entry.raw.withUnsafeBytes { bytes in
-            (bytes.bigEndian(at: 12, as: UInt32.self), bytes[16], bytes[17])
+    private func fault(of entry: QCOW2.BitmapEntry) async throws(BlockError) -> String? {
+        if entry.type != QCOW2.BitmapEntry.dirtyTracking { return "its type is \(entry.type)" }
+        if let fault = entry.fault(clusterSize: geometry.clusterSize) { return fault }
+        guard let table = table(of: entry), table.end - fileSize < geometry.clusterSize else {
+            return "its table is nowhere in the file"
         }
-        if type != 1 { return "its type is \(type)" }
-        if flags & ~7 != 0 { return "it has flags that are not known" }
-        if granularity < 9 || granularity > 31 { return "its granularity is 2^\(granularity)" }
-        if entry.name.isEmpty { return "it has no name" }
-        guard let table = entry.table, table.count <= Self.tableEntryCountMax * 8,
-            table.offset.isAligned(to: geometry.clusterSize),
-            table.end - fileSize < geometry.clusterSize, table.count > 0, table.offset > 0,
-            (table.count / 8) << clusterBits <= Self.bitmapBytesMax
-        else { return "its table is nowhere in the file" }
         // One that was in use when its program died may have the size of before.
-        if flags & Self.inUseFlag == 0, table.count / 8 != tableEntryCount(granularity) {
-            return "its table has \(table.count / 8) entries, the disk needs "
-                + "\(tableEntryCount(granularity))"
+        let needed = tableEntryCount(entry.granularityBits)
+        if !entry.flags.contains(.inUse), entry.tableCount != needed {
+            return "its table has \(entry.tableCount) entries, the disk needs \(needed)"
         }
         var result: String?
         try await forEachBitmapEntry(table) { raw in
@@ -122,9 +91,9 @@ extension QCOW2Check {
     }
 
     /// The entries of the table of a bitmap with a bit for each `1 << granularity` bytes of the disk.
-    private func tableEntryCount(_ granularity: UInt8) -> Int {
-        let bits = header.size == 0 ? 0 : (header.size - 1) >> Int(granularity) + 1
-        return geometry.clusterCount(for: (bits / 64 + (bits % 64 == 0 ? 0 : 1)) * 8)
+    private func tableEntryCount(_ granularity: Int) -> Int {
+        let bits = header.size == 0 ? 0 : (header.size - 1) >> granularity + 1
+        return QCOW2.bitmapTableCount(bitCount: bits, clusterSize: geometry.clusterSize)
     }
 
     private func fault(of raw: UInt64) -> String? {
@@ -186,12 +155,12 @@ extension QCOW2Check {
     /// Writes a directory of fewer bitmaps in the place of the old one. While it is written there
     /// are no bitmaps.
     private func rewriteDirectory(
-        _ old: ByteRange, _ kept: [DirectoryEntry]
+        _ old: ByteRange, _ kept: [QCOW2.BitmapEntry]
     ) async throws(BlockError) {
         let remaining = bitmaps.tables
         try await dropAllBitmaps()
         guard !kept.isEmpty, let place = try await bitmapExtensionOffset() else { return }
-        let bytes = kept.flatMap(\.raw)
+        let bytes = QCOW2.BitmapEntry.serialise(kept)
         try await write(bytes, at: old.offset)
         let fields = try await read(place, 16)
         fields.bytes.storeBigEndian(UInt32(kept.count), at: 0)
