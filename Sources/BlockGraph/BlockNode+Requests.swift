@@ -306,8 +306,10 @@ extension BlockNode {
         defer { tracker.leave(identifier) }
         do throws(BlockError) {
             try await driver.discard(inner)
-        } catch  where error.code == .unsupported {
-            return
+        } catch {
+            if error.code == .unsupported { return }
+            failed(inner, [], error)
+            throw error
         }
         for observer in writeObservers { observer.discarded(inner) }
     }

@@ -6,7 +6,7 @@ import QMP
 /// it takes the image's place.
 ///
 /// 1. The image is held: nobody writes it until the end.
-/// 2. A new image with the same properties is made beside it (`NAME.partial`), and the data copied;
+/// 2. A new image with the same properties is made beside it (`NAME.merino-partial`), and the data copied;
 ///    what reads as zeroes is not stored. Dirty bitmaps go with it.
 /// 3. Both are compared, backing images included.
 /// 4. The new image is made durable and takes the name in one step.

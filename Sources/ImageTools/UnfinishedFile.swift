@@ -13,7 +13,7 @@ import Darwin
 /// A new image while it is being made: under another name, so that what an interruption leaves never
 /// looks whole.
 ///
-/// The image is written to `NAME.partial` beside the target and takes the target's name, replacing an
+/// The image is written to `NAME.merino-partial` beside the target and takes the target's name, replacing an
 /// image of that name, when all of it is there. A failure or a signal removes it; after SIGKILL or a
 /// power failure the name says what it is, and the next conversion to the same target removes it.
 /// Targets that a name cannot stand in for are written in place: devices, files with several
@@ -24,7 +24,7 @@ import Darwin
 /// 1. What is written, renamed or removed on failure is a file that this object made.
 /// 2. A file of such a name that was there before is removed only where it can be nothing but a leftover:
 ///    a regular file of the caller's own, with one name, that nobody has locked and that this process
-///    does not use. Another name is taken otherwise: `NAME.partial.2`…
+///    does not use. Another name is taken otherwise: `NAME.merino-partial.2`…
 /// 3. Symbolic links of that name are not followed.
 ///
 /// Safe from any thread: a signal may end the work at any moment.
@@ -46,7 +46,8 @@ public final class UnfinishedFile: Sendable {
         var owner: (user: uid_t, group: gid_t)?
     }
 
-    private static let suffix = ".partial"
+    /// Nobody else's files are called so.
+    private static let suffix = ".merino-partial"
     /// Names that are tried.
     private static let nameCountMax = 9
     /// Leftovers that come and go while one name is tried.

@@ -8,7 +8,7 @@ struct CompactCommand: ParsableCommand {
         commandName: "compact",
         abstract: "Rewrite an image without unused space, prove the copy, and swap it in.",
         discussion: """
-            The image is held while it is copied to NAME.partial beside it; both are compared, and \
+            The image is held while it is copied to NAME.merino-partial beside it; both are compared, and \
             only then the copy takes the name, in one step. There must be room for both.
             """)
 

@@ -9,7 +9,7 @@ struct ConvertCommand: ParsableCommand {
         abstract: "Copy an image to another format, as qemu-img convert does.",
         discussion: """
             The last name is the target; several sources are joined. The target gets its name when all \
-            of it is there: until then it is called NAME.partial.
+            of it is there: until then it is called NAME.merino-partial.
             """)
 
     @Argument(help: "The source, more sources, and the target.") var files: [String] = []

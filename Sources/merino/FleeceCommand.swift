@@ -78,7 +78,9 @@ struct FleeceCommand: ParsableCommand {
     // MARK: A daemon's disk
 
     private func fleece(node: String, _ executor: any QMPExecutor) async throws(BlockError) {
-        let path = temp ?? Self.temporaryFolder + "/merino-fleece-\(getpid()).img"
+        let path =
+            temp ?? Self.temporaryFolder
+            + "/merino-fleece-\(getpid())-\(String(UInt64.random(in: 0 ... .max), radix: 36)).img"
         let session = FleeceSession(
             of: node, exportName: exportName, temporaryPath: path, executor: executor)
         if stop {
@@ -91,7 +93,18 @@ struct FleeceCommand: ParsableCommand {
         options.temporaryFormat = tempFormat
         let (uri, startedServer) = try await FleeceSession.address(
             of: session.exportName, socket: nbdSocket, executor: executor)
-        try await session.begin(options)
+        do throws(BlockError) {
+            try makeTemporaryFile(path)
+            do throws(BlockError) {
+                try await session.begin(options)
+            } catch {
+                Self.removeFile(path)
+                throw error
+            }
+        } catch {
+            if startedServer { _ = try? await executor.execute("nbd-server-stop", [:]) }
+            throw error
+        }
         print("frozen: \(node)")
         print("uri: \(uri)")
         if detach {
@@ -133,7 +146,10 @@ struct FleeceCommand: ParsableCommand {
         }
         let isTerminal = isatty(1) == 1
         var shown = -1
-        while !end.isSet {
+        var isLast = false
+        // The last look comes after the signal: it tells how much it was in the end.
+        while !isLast {
+            isLast = end.isSet
             let progress = try await session.progress()
             if let breakage = progress.breakage {
                 signals.cancel()
@@ -158,6 +174,29 @@ struct FleeceCommand: ParsableCommand {
         getenv("TMPDIR").map { String(cString: $0) } ?? "/var/tmp"
     }
 
+    /// Makes the temporary image's file: one that was not there before, nor a link to another, and that
+    /// only the daemon's user may read, whose socket tells who that is.
+    private func makeTemporaryFile(_ path: String) throws(BlockError) {
+        let descriptor = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0o600)
+        guard descriptor >= 0 else {
+            if errno == EEXIST {
+                throw BlockError(
+                    .alreadyExists, "the temporary image '\(path)' is there already",
+                    remedy: "name a file that is not, or remove it")
+            }
+            throw .system("cannot create the temporary image '\(path)'", errno)
+        }
+        defer { close(descriptor) }
+        var daemon = stat()
+        if let qmp, geteuid() == 0, stat(qmp, &daemon) == 0, daemon.st_uid != 0,
+            fchown(descriptor, daemon.st_uid, daemon.st_gid) != 0
+        {
+            let failure = errno
+            Self.removeFile(path)
+            throw .system("cannot give the temporary image '\(path)' to the daemon", failure)
+        }
+    }
+
     private static func removeFile(_ path: String) {
         if unlink(path) != 0, errno != ENOENT {
             StandardError.print("merino: cannot remove the temporary image '\(path)'")
@@ -171,7 +210,8 @@ struct FleeceCommand: ParsableCommand {
         do throws(BlockError) {
             let socket = nbdSocket ?? Self.temporaryFolder + "/merino-fleece-\(getpid()).sock"
             _ = try await daemon.execute(
-                "nbd-server-start", ["addr": ["type": "unix", "path": .string(socket)]])
+                "nbd-server-start",
+                ["addr": ["type": "unix", "data": ["path": .string(socket)]]])
             _ = try await daemon.execute(
                 "blockdev-add",
                 [

@@ -19,7 +19,7 @@ import Testing
         #expect(
             try place.tool("qemu-img", "compare", "-f", format, "-F", format, name, "copy.\(name)")
                 .status == 0)
-        #expect(!FileManager.default.fileExists(atPath: "\(place.folder)/\(name).partial"))
+        #expect(!FileManager.default.fileExists(atPath: "\(place.folder)/\(name).merino-partial"))
     }
 
     @Test func storedZeroesAreGoneAndPropertiesStay() throws {
@@ -145,6 +145,6 @@ import Testing
         let result = try place.merino("compact", "-f", "qcow2", "a.qcow2")
         #expect(result.status == 1 && result.errors.contains("snapshots"), "\(result.errors)")
         #expect(try place.tool("qemu-img", "check", "-q", "a.qcow2").status == 0)
-        #expect(!FileManager.default.fileExists(atPath: "\(place.folder)/a.qcow2.partial"))
+        #expect(!FileManager.default.fileExists(atPath: "\(place.folder)/a.qcow2.merino-partial"))
     }
 }

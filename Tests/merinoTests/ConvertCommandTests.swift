@@ -53,7 +53,7 @@ import Testing
             Workplace.merino, ["convert"] + options + ["top.qcow2", "out"])
         #expect(result.status == 0, "\(result.errors)")
         try expectSame(place, "top.qcow2", "out")
-        #expect(!exists(place, "out.partial"))
+        #expect(!exists(place, "out.merino-partial"))
         if options.contains("qcow2"), options.contains("-O") {
             let check = try place.tool("qemu-img", "check", "-q", "-f", "qcow2", "out")
             #expect(check.status == 0, "\(check.output)\(check.errors)")
@@ -137,12 +137,12 @@ import Testing
             "/usr/bin/timeout", ["-s", signal, "1", Workplace.merino, "convert"] + arguments)
         #expect(result.status != 0)
         #expect(!exists(place, "b"))
-        #expect(exists(place, "b.partial") == leavesPartial)
+        #expect(exists(place, "b.merino-partial") == leavesPartial)
         // What is left stands in nobody's way.
         let again = try place.merino("convert", "-f", "raw", "-O", "qcow2", "a", "b")
         #expect(again.status == 0, "\(again.errors)")
         try expectSame(place, "a", "b")
-        #expect(!exists(place, "b.partial"))
+        #expect(!exists(place, "b.merino-partial"))
     }
 
     @Test func anInterruptedConversionKeepsTheOldTarget() throws {
@@ -154,7 +154,7 @@ import Testing
             "/usr/bin/timeout",
             ["-s", "TERM", "1", Workplace.merino, "convert", "-f", "raw", "-r", "1M", "a", "b"])
         try expectSame(place, "top.qcow2", "b")
-        #expect(!exists(place, "b.partial"))
+        #expect(!exists(place, "b.merino-partial"))
     }
 
     @Test func aSignalPrintsProgress() throws {
@@ -165,7 +165,7 @@ import Testing
             "\"$0\" convert -f raw -r 8M a b & sleep 1; kill -USR1 $!; sleep 1; kill $!; wait $!"
         let result = try place.run("/bin/bash", ["-c", script, Workplace.merino])
         #expect(result.errors.contains("/100%)"), "\(result.errors)")
-        #expect(!exists(place, "b.partial"))
+        #expect(!exists(place, "b.merino-partial"))
     }
 
     @Test func programsReadProgressFromADescriptor() throws {
@@ -219,7 +219,7 @@ import Testing
         let result = try place.merino(
             "convert", "-O", "qcow2", "-o", "cluster_size=3", "top.qcow2", "b")
         #expect(result.status == 1)
-        #expect(!exists(place, "b") && !exists(place, "b.partial"))
+        #expect(!exists(place, "b") && !exists(place, "b.merino-partial"))
     }
 
     @Test("a source is not overwritten", arguments: ["top.qcow2", "mid.qcow2", "base.qcow2"])
@@ -227,7 +227,7 @@ import Testing
         let place = try withChain()
         let result = try place.merino("convert", "-O", "qcow2", "top.qcow2", target)
         #expect(result.status == 1 && result.errors.contains(target))
-        #expect(!exists(place, "\(target).partial"))
+        #expect(!exists(place, "\(target).merino-partial"))
         let check = try place.tool("qemu-img", "check", "-q", target)
         #expect(check.status == 0)
     }
@@ -301,16 +301,16 @@ import Testing
 
     @Test func aSourceOfThePartialNameStays() throws {
         let place = try withChain()
-        try place.tool("mv", "top.qcow2", "x.partial")
-        let result = try place.merino("convert", "-O", "qcow2", "x.partial", "x")
+        try place.tool("mv", "top.qcow2", "x.merino-partial")
+        let result = try place.merino("convert", "-O", "qcow2", "x.merino-partial", "x")
         #expect(result.status == 0, "\(result.errors)")
-        try expectSame(place, "x.partial", "x")
-        #expect(!exists(place, "x.partial.2"))
+        try expectSame(place, "x.merino-partial", "x")
+        #expect(!exists(place, "x.merino-partial.2"))
     }
 
     @Test(
         "a file of the partial name that is no leftover stays",
-        arguments: ["ln victim x.partial", "ln -s victim x.partial"])
+        arguments: ["ln victim x.merino-partial", "ln -s victim x.merino-partial"])
     func notALeftover(_ command: String) throws {
         let place = try withChain()
         try place.tool("cp", "base.qcow2", "victim")
@@ -319,20 +319,20 @@ import Testing
         #expect(result.status == 0, "\(result.errors)")
         try expectSame(place, "top.qcow2", "x")
         #expect(try place.tool("cmp", "base.qcow2", "victim").status == 0)
-        #expect(exists(place, "x.partial"))
+        #expect(exists(place, "x.merino-partial"))
     }
 
     @Test func anImageInUseOfThePartialNameStays() throws {
         let place = try withChain()
-        try place.tool("cp", "base.qcow2", "x.partial")
+        try place.tool("cp", "base.qcow2", "x.merino-partial")
         // Both are open at the same time: the exerciser holds its image while it sleeps.
         let script = """
-            qemu-io -f qcow2 -c 'sleep 2000' x.partial >io & sleep 1
+            qemu-io -f qcow2 -c 'sleep 2000' x.merino-partial >io & sleep 1
             "$0" convert top.qcow2 x; status=$?; wait; exit $status
             """
         let result = try place.run("/bin/bash", ["-c", script, Workplace.merino])
         #expect(result.status == 0, "\(result.errors)")
-        #expect(try place.tool("cmp", "base.qcow2", "x.partial").status == 0)
+        #expect(try place.tool("cmp", "base.qcow2", "x.merino-partial").status == 0)
     }
 
     @Test func aBackingImageIsLookedForBesideTheNameThatWasGiven() throws {
@@ -344,7 +344,7 @@ import Testing
         let result = try place.merino(
             "convert", "-O", "qcow2", "-B", "mid.qcow2", "-F", "qcow2", "top.qcow2", "links/name")
         #expect(result.status == 0, "\(result.errors)")
-        #expect(!exists(place, "files/real.partial"))
+        #expect(!exists(place, "files/real.merino-partial"))
         try place.tool("cp", "files/real", "links/same")
         try expectSame(place, "top.qcow2", "links/same")
     }
@@ -450,7 +450,7 @@ import Testing
         let other = try place.run("/usr/bin/env", ["qemu-img", "convert"] + options)
         #expect(own.status == other.status && own.status == 1)
         #expect(own.errors.hasPrefix("merino: ") && own.output == "")
-        #expect(!exists(place, "x.partial"))
+        #expect(!exists(place, "x.merino-partial"))
     }
 
     @Test func optionsAreListed() throws {

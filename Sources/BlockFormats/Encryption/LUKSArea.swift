@@ -66,7 +66,7 @@ final class LUKSArea {
         }
         let area = LUKSArea(edge, offset, made.header)
         try await area.write(made.material, ofSlot: 0)
-        try await area.writeHeader()
+        try await area.write(made.header)
         return area
     }
 
@@ -112,16 +112,18 @@ final class LUKSArea {
         }
         try await write(made.material, ofSlot: slot)
         try await edge.flush()
-        header = made.header
-        try await writeHeader()
+        try await write(made.header)
         try await edge.flush()
+        header = made.header
     }
 
     /// Destroys the key in `slot`.
     func eraseKey(_ slot: Int) async throws(BlockError) {
-        header.eraseSlot(slot)
-        try await writeHeader()
+        var rest = header
+        rest.eraseSlot(slot)
+        try await write(rest)
         try await edge.flush()
+        header = rest
         // What is left of the header's older state on storage opens nothing then.
         let count = header.materialRange(of: slot).count
         try await write(CryptoLibrary.randomBytes(count), ofSlot: slot)
@@ -133,7 +135,7 @@ final class LUKSArea {
         try await edge.write(place, from: try Self.vector(material))
     }
 
-    private func writeHeader() async throws(BlockError) {
+    private func write(_ header: LUKSHeader) async throws(BlockError) {
         try await edge.write(offset, from: try Self.vector(header.serialised()))
     }
 

@@ -28,6 +28,8 @@ final class QCOW2Bitmaps: BitmapStore {
     private var isRead = false
     private var directory: QCOW2.BitmapsExtension?
     private var changing: QCOW2WaitQueue?
+    /// Clusters taken for what nothing on disk names yet: they go back when the change fails.
+    private var unnamed: [QCOW2Refcounts.Allocation] = []
 
     private var node: BlockNode { image.node }
 
@@ -229,7 +231,17 @@ final class QCOW2Bitmaps: BitmapStore {
             queue.wakeAll()
         }
         if !isRead { try await readDirectory(writable: !node.isReadOnly) }
-        return try await body()
+        do throws(BlockError) {
+            return try await body()
+        } catch {
+            let places = unnamed
+            unnamed = []
+            for place in places {
+                try? await refcounts.release(
+                    place.offset >> geometry.clusterBits, place.count)
+            }
+            throw error
+        }
     }
 
     /// Marks all entries in use. In place: each flag changes by itself, and until all are on disk
@@ -366,6 +378,7 @@ extension QCOW2Bitmaps {
                 end += 1
             }
             let place = try await refcounts.allocate(upTo: end - index)
+            unnamed.append(place)
             let vector = try IOVector(allocating: place.count * clusterSize)
             if let memory = vector.single?.bytes {
                 bits.copyBytes(from: index * clusterSize, to: memory)
@@ -400,6 +413,7 @@ extension QCOW2Bitmaps {
     private func writeStructure(_ bytes: [UInt8]) async throws(BlockError) -> Int {
         let clusters = geometry.clusterCount(for: bytes.count)
         let place = try await refcounts.allocate(exactly: clusters)
+        unnamed.append(place)
         let padding = clusters << geometry.clusterBits - bytes.count
         try await image.file.write(
             place.offset,
@@ -421,6 +435,8 @@ extension QCOW2Bitmaps {
             try await refcounts.writeBlocks()
             try await image.file.flush()
         }
+        // From here on the disk may name them.
+        unnamed = []
         let header = (extensions: image.header.extensions, autoclear: image.header.autoclear)
         forgetDirectory()
         if let place { name(place) }

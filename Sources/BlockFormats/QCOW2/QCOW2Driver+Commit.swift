@@ -96,7 +96,13 @@ extension QCOW2Driver {
         if usesLazyRefcounts {
             if !image.header.incompatible.contains(.dirty) {
                 image.header.incompatible.insert(.dirty)
-                try await image.writeHeader()
+                do throws(BlockError) {
+                    try await image.writeHeader()
+                } catch {
+                    // Or the next attempt would take it for written.
+                    image.header.incompatible.remove(.dirty)
+                    throw error
+                }
             }
         } else {
             try await refcounts.writeBlocks()

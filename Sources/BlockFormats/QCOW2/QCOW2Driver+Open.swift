@@ -122,14 +122,23 @@ extension QCOW2Driver {
     static func readTable(
         _ file: Edge, _ offset: Int, _ count: Int
     ) async throws(BlockError) -> [UInt64] {
-        if count == 0 { return [] }
-        let vector = try IOVector(allocating: count * 8)
-        let there = max(0, min(vector.count, file.size - offset))
-        vector.zero(there, vector.count - there)
-        if there > 0 { try await file.read(offset, into: vector.slice(0, there)) }
-        guard let bytes = vector.single?.bytes else { return [] }
-        let raw = UnsafeRawBufferPointer(bytes)
-        return (0..<count).map { raw.bigEndian(at: $0 * 8) }
+        // What is past the end of the file, an entry cut through included, reads as zeroes.
+        var table = [UInt64](repeating: 0, count: count)
+        let there = max(0, min(count * 8, file.size - offset)) & ~7
+        // In pieces: a table may be long, and is in memory once.
+        let pieceBytes = 1 << 18
+        let memory = try IOBuffer(count: pieceBytes)
+        var done = 0
+        while done < there {
+            let piece = memory.prefix(min(pieceBytes, there - done))
+            try await file.read(offset + done, into: IOVector(piece))
+            let bytes = UnsafeRawBufferPointer(piece.bytes)
+            for index in 0..<piece.count / 8 {
+                table[done / 8 + index] = bytes.bigEndian(at: index * 8)
+            }
+            done += piece.count
+        }
+        return table
     }
 
     /// Tables of an image that will be written must be where tables can be.

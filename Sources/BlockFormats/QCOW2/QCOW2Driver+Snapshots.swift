@@ -160,7 +160,7 @@ extension QCOW2Driver: InternalSnapshotStore {
     public func applySnapshot(_ identifier: String) async throws(BlockError) {
         let snapshot = snapshots[try index(of: identifier)]
         try checkUnused(snapshot, "applied")
-        guard node.writeObservers.isEmpty, node.dirtyBitmaps.isEmpty else {
+        guard node.dirtyBitmaps.isEmpty else {
             throw BlockError(
                 .busy, "dirty bitmaps follow the changes of the disk; a snapshot would escape them",
                 remedy: "remove the bitmaps first", node: node.name)

@@ -119,18 +119,23 @@ final class QCOW2Refcounts {
         // Runs that are too short go back, once the search is over.
         var short: [Run] = []
         var parts = Run(first: 0, count: 0)
-        while parts.count < wanted {
-            let run = try await take(upTo: wanted - parts.count, exactly: true)
-            if parts.count > 0, run.first == parts.first + parts.count {
-                parts.count += run.count
-                parts.isFresh = parts.isFresh && run.isFresh
-            } else {
-                if parts.count > 0 { short.append(parts) }
-                parts = run
+        do throws(BlockError) {
+            while parts.count < wanted {
+                let run = try await take(upTo: wanted - parts.count, exactly: true)
+                if parts.count > 0, run.first == parts.first + parts.count {
+                    parts.count += run.count
+                    parts.isFresh = parts.isFresh && run.isFresh
+                } else {
+                    if parts.count > 0 { short.append(parts) }
+                    parts = run
+                }
+                if parts.count < wanted, short.count > 1 << 20 {
+                    throw BlockError(.noSpace, "no \(wanted) free clusters in a row")
+                }
             }
-            if parts.count < wanted, short.count > 1 << 20 {
-                throw BlockError(.noSpace, "no \(wanted) free clusters in a row")
-            }
+        } catch {
+            for run in short + [parts] { try? await release(run.first, run.count) }
+            throw error
         }
         for run in short { try await release(run.first, run.count) }
         return try await grown(parts)

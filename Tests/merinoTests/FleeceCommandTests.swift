@@ -1,0 +1,125 @@
+import Foundation
+import Testing
+
+/// `fleece` from outside: the view that it freezes, and what it leaves behind.
+@Suite struct FleeceCommandTests {
+    /// What the scripts below share: a daemon, a client of its QMP, and a look at what lies around.
+    private static let prelude = """
+        import json, os, signal, socket, subprocess, sys, time
+        merino = sys.argv[1]
+        def output(*arguments):
+            return subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+        def fails(*arguments):
+            result = subprocess.run(arguments, capture_output=True, text=True)
+            assert result.returncode == 1, (result.returncode, result.stdout, result.stderr)
+            return result.stderr
+        def begin(*arguments, lines):
+            process = subprocess.Popen([merino, "fleece", *arguments], stdout=subprocess.PIPE, text=True)
+            return process, [process.stdout.readline().strip() for _ in range(lines)]
+        class Daemon:
+            def __init__(self):
+                self.process = subprocess.Popen([merino, "daemon", "--pidfile", "pid",
+                    "--blockdev", "driver=file,filename=disk,node-name=disk,discard=unmap",
+                    "--nbd-server", "addr.type=unix,addr.path=nbd",
+                    "--export", "nbd,id=disk,node-name=disk,writable=on",
+                    "--chardev", "socket,id=q,path=qmp,server=on,wait=off", "--monitor", "q"])
+                for _ in range(3000):
+                    if os.path.exists("pid"): break
+                    time.sleep(0.02)
+                self.socket = socket.socket(socket.AF_UNIX)
+                self.socket.connect("qmp")
+                self.stream = self.socket.makefile("rw")
+                self.stream.readline()
+                self.ask("qmp_capabilities")
+            def ask(self, command, **arguments):
+                self.stream.write(json.dumps({"execute": command, "arguments": arguments}))
+                self.stream.flush()
+                while True:
+                    answer = json.loads(self.stream.readline())
+                    if "event" not in answer: return answer["return"]
+            def nodes(self):
+                return sorted(node["node-name"] for node in self.ask("query-named-block-nodes", flat=True))
+            def end(self):
+                self.ask("quit")
+                assert self.process.wait(60) == 0
+        def write(pattern, uri):
+            output("qemu-io", "-f", "raw", "-c", f"write -P {pattern} 0 256k", uri)
+        def has(pattern, uri):
+            return "failed" not in output("qemu-io", "-r", "-f", "raw", "-c", f"read -P {pattern} 0 256k", uri)
+        """
+
+    private func python(_ script: String) throws {
+        let place = try Workplace()
+        try place.tool("truncate", "-s", "1M", "disk")
+        try place.tool("qemu-io", "-f", "raw", "-c", "write -P 7 0 256k", "disk")
+        let result = try place.tool("python3", "-c", Self.prelude + "\n" + script, Workplace.merino)
+        #expect(result.status == 0, "\(result.errors)\(result.output)")
+    }
+
+    @Test(arguments: ["raw", "qcow2"])
+    func anImageIsServedAndFrozenUntilItIsInterrupted(temporaryFormat: String) throws {
+        try python(
+            """
+            process, lines = begin("disk", "--nbd-socket", "nbd", "--temp", "temp",
+                "--temp-format", "\(temporaryFormat)", lines=4)
+            live = lines[0].removeprefix("live: ")
+            frozen = lines[2].removeprefix("uri: ")
+            assert live != frozen, lines
+            assert os.stat("temp").st_mode & 0o777 == 0o600
+            write(9, live)
+            assert has(7, frozen) and has(9, live)
+            process.send_signal(signal.SIGINT)
+            rest = process.stdout.read()
+            assert process.wait(60) == 0
+            assert "copied: 256 KiB" in rest, rest
+            assert rest.endswith("ended: live; the temporary image is removed\\n"), rest
+            assert sorted(name for name in os.listdir(".") if name[0] != ".") == ["disk"], os.listdir(".")
+            assert has(9, "disk")
+            """)
+    }
+
+    @Test func aViewOfADaemonsDiskIsHeldUntilItIsStopped() throws {
+        try python(
+            """
+            daemon = Daemon()
+            before = daemon.nodes()
+            text = output(merino, "fleece", "disk", "--qmp", "qmp", "--temp", "temp", "--detach")
+            frozen = text.splitlines()[1].removeprefix("uri: ")
+            write(9, "nbd+unix:///disk?socket=nbd")
+            assert has(7, frozen)
+            assert "held already" in fails(merino, "fleece", "disk", "--qmp", "qmp", "--temp", "temp2")
+            assert not os.path.exists("temp2")
+            assert has(7, frozen)
+            output(merino, "fleece", "disk", "--qmp", "qmp", "--stop")
+            assert daemon.nodes() == before
+            assert not os.path.exists("temp")
+            assert has(9, "nbd+unix:///disk?socket=nbd")
+            assert "no frozen view" in fails(merino, "fleece", "disk", "--qmp", "qmp", "--stop")
+            daemon.end()
+            """)
+    }
+
+    /// Somebody's file stays as it is, and nothing that was begun stays.
+    @Test func whatIsRefusedLeavesNothingBehind() throws {
+        try python(
+            """
+            daemon = Daemon()
+            before = daemon.nodes()
+            daemon.ask("nbd-server-stop")
+            def refused(*arguments):
+                return fails(merino, "fleece", *arguments, "--qmp", "qmp", "--nbd-socket", "other")
+            open("mine", "w").write("kept")
+            assert "'mine' is there already" in refused("disk", "--temp", "mine")
+            assert open("mine").read() == "kept"
+            os.symlink("mine", "link")
+            assert "'link' is there already" in refused("disk", "--temp", "link")
+            assert "it has disk" in refused("dsik", "--temp", "temp")
+            assert "cannot create" in refused("disk", "--temp", "none/temp")
+            assert "vhdx" in refused("disk", "--temp", "temp", "--temp-format", "vhdx")
+            assert not os.path.exists("temp") and not os.path.exists("other")
+            assert daemon.ask("x-query-nbd-server") is None
+            assert daemon.nodes() == before
+            daemon.end()
+            """)
+    }
+}
