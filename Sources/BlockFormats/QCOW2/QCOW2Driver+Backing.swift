@@ -1,6 +1,7 @@
 import BlockCore
 import BlockGraph
 
+/// The backing file as the header names it, and its change.
 extension QCOW2Driver: BackedImage {
     public func setBacking(name: String?, format: String?) async throws(BlockError) {
         try checkWritable()

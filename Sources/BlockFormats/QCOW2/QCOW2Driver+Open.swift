@@ -3,6 +3,7 @@ import BlockGraph
 import BlockIO
 import QMP
 
+/// Opening: header, children, tables, and what an earlier user left to do.
 extension QCOW2Driver {
     public static let driver = DriverDescription(
         name: "qcow2", kind: .format,

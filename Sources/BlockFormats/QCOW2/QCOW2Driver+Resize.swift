@@ -1,6 +1,7 @@
 import BlockCore
 import BlockGraph
 
+/// Growing and shrinking, in orders that leave a whole image at each moment.
 extension QCOW2Driver {
     public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {
         try checkWritable()

@@ -4,6 +4,7 @@ import BlockGraph
 import BlockIO
 import QMP
 
+/// The NBD server and its exports.
 extension StorageDaemon {
     func requireExport(_ identifier: String) throws(BlockError) -> ExportRecord {
         guard let record = exports.first(where: { $0.identifier == identifier }) else {
