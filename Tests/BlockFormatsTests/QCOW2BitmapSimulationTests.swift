@@ -10,7 +10,7 @@ import Testing
 @Suite struct QCOW2BitmapSimulationTests {
     /// What goes from boot to boot, one thread at a time.
     private final class Model: @unchecked Sendable {
-        let shadow = ShadowDisk(size: QCOW2SimulationTests.size)
+        let shadow = ShadowDisk(size: QCOW2SimulatedImage.size)
         /// All changes since the bitmap was made.
         var changes: DirtyBitmap?
     }
@@ -51,7 +51,7 @@ import Testing
         var survivors = 0
         for seed in 1...12 as ClosedRange<UInt64> {
             let simulation = Simulation(seed: seed)
-            try await QCOW2SimulationTests.create(
+            try await QCOW2SimulatedImage.create(
                 simulation, clusterSize: clusterSize, isLazy: seed % 4 == 0)
             let model = Model()
             for boot in 1...4 as ClosedRange<UInt64> {
@@ -62,7 +62,7 @@ import Testing
                 options.count = 20 + Int(seed * boot) % 60
                 let requests = options
                 let outcome = try await simulation.boot { thread throws(BlockError) in
-                    try await QCOW2SimulationTests.use(thread) { edge throws(BlockError) in
+                    try await QCOW2SimulatedImage.use(thread) { edge throws(BlockError) in
                         let wrong = Self.checkStored(edge, model)
                         try await Self.goOn(edge, model)
                         let run = RandomRequests(edge, model.shadow, seed: seed + boot, requests)
@@ -78,14 +78,14 @@ import Testing
             }
             simulation.options.crashNanoseconds = nil
             let wrong = try await simulation.run { thread throws(BlockError) in
-                try await QCOW2SimulationTests.use(thread) { edge throws(BlockError) in
+                try await QCOW2SimulatedImage.use(thread) { edge throws(BlockError) in
                     let isThere = edge.node.dirtyBitmap(named: "b")?.isInconsistent == false
                     return Self.checkStored(edge, model) + (isThere ? ["there"] : [])
                 }
             }
             #expect(wrong.filter { $0 != "there" } == [], "seed \(seed)")
             if wrong.contains("there") { survivors += 1 }
-            try QCOW2SimulationTests.check(simulation)
+            try QCOW2SimulatedImage.check(simulation)
         }
         // The test would see nothing if no bitmap ever came back.
         #expect(survivors > 0)

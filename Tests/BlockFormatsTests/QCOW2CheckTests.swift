@@ -62,8 +62,11 @@ struct QCOW2Bytes {
         bytes.withUnsafeMutableBytes { $0.storeBigEndian(value, at: block + cluster * 2) }
     }
 
-    var l1: Int { Int(number(40)) }
-    var l2: Int { Int(number(l1) & 0x00ff_ffff_ffff_fe00) }
+    /// What the entry or field at `place` refers to.
+    func offset(_ place: Int) -> Int { Int(number(place) & 0x00ff_ffff_ffff_fe00) }
+
+    var l1: Int { offset(40) }
+    var l2: Int { offset(l1) }
     /// The entry of guest cluster `index`.
     func entry(_ index: Int) -> Int { l2 + index * 8 }
 

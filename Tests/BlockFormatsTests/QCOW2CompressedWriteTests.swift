@@ -137,47 +137,6 @@ struct QCOW2CompressedVariant: Sendable, CustomTestStringConvertible {
         }
     }
 
-    @Test(arguments: [(512, "zlib"), (4096, "zstd"), (65536, "zlib")])
-    func afterPowerLossCompressedDataIsThereOrNot(
-        clusterSize: Int, compression: String
-    ) async throws {
-        for seed in 1...8 as ClosedRange<UInt64> {
-            let simulation = Simulation(seed: seed)
-            try await QCOW2SimulationTests.create(
-                simulation, clusterSize: clusterSize, isLazy: false,
-                more: ["compression-type": .string(compression)])
-            let model = QCOW2SimulationTests.Model()
-            simulation.options.crashNanoseconds = 3_000_000 + seed * 19_000_000
-            var options = RandomRequests.Options()
-            options.count = 300
-            options.compressedUnit = clusterSize
-            let requests = options
-            let outcome = try await simulation.boot { thread throws(BlockError) in
-                try await QCOW2SimulationTests.use(thread) { edge throws(BlockError) in
-                    let run = RandomRequests(edge, model.shadow, seed: seed, requests)
-                    await run.run()
-                    return run.violations
-                }
-            }
-            if case .finished(let violations) = outcome {
-                #expect(violations == [], "seed \(seed)")
-            } else {
-                model.shadow.crash()
-            }
-            try QCOW2SimulationTests.check(simulation)
-            simulation.options.crashNanoseconds = nil
-            let violations = try await simulation.run { thread throws(BlockError) in
-                try await QCOW2SimulationTests.use(thread) { edge throws(BlockError) in
-                    let run = RandomRequests(edge, model.shadow, seed: seed, requests)
-                    await run.verify()
-                    return run.violations
-                }
-            }
-            #expect(violations == [], "seed \(seed), clusters of \(clusterSize)")
-            try QCOW2SimulationTests.check(simulation)
-        }
-    }
-
     @Test func partsOfClustersAreRefused() async throws {
         let folder = try QCOW2TestFolder()
         try await folder.create("a.qcow2", QCOW2CompressedVariant().options(size: 1 << 20))

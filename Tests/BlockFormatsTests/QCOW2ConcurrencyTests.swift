@@ -24,7 +24,7 @@ import Testing
     static func open(
         _ thread: IOThread, backing: JSONValue = .null
     ) async throws(BlockError) -> (BlockGraph, Edge) {
-        let graph = BlockGraph(on: thread, registry: QCOW2SimulationTests.registry)
+        let graph = BlockGraph(on: thread, registry: QCOW2SimulatedImage.registry)
         let node = try await graph.open(
             [
                 "driver": "qcow2", "node-name": "image", "backing": backing,
@@ -74,7 +74,7 @@ import Testing
 
     @Test func theRunsOfOneRequestGoSideBySide() async throws {
         let simulation = Self.simulation()
-        try await QCOW2SimulationTests.create(
+        try await QCOW2SimulatedImage.create(
             simulation, clusterSize: Self.clusterSize, isLazy: false, size: Self.size)
         let (reading, writing) = try await simulation.run { thread throws(BlockError) in
             let (graph, edge) = try await Self.open(thread)
@@ -101,7 +101,7 @@ import Testing
 
     @Test func smallWritesToANewClusterGoBesideItsAllocation() async throws {
         let simulation = Self.simulation()
-        try await QCOW2SimulationTests.create(
+        try await QCOW2SimulatedImage.create(
             simulation, clusterSize: Self.clusterSize, isLazy: false, size: Self.size)
         let (failures, took, data) = try await simulation.run { thread throws(BlockError) in
             let (graph, edge) = try await Self.open(thread)
@@ -125,7 +125,7 @@ import Testing
 
     @Test func smallWritesMergeIntoACopyThatIsUnderWay() async throws {
         let simulation = Self.simulation()
-        try await QCOW2SimulationTests.create(
+        try await QCOW2SimulatedImage.create(
             simulation, clusterSize: Self.clusterSize, isLazy: false, size: Self.size)
         simulation.disk.addFile("/base", bytes: [UInt8](repeating: 7, count: Self.size))
         let (failures, operations, data) = try await simulation.run { thread throws(BlockError) in
@@ -156,7 +156,7 @@ import Testing
     /// Clusters that are there already, and read as zeroes, are filled like new ones.
     @Test func aWriteOverZeroClustersStopsAtOneThatIsBeingFilled() async throws {
         let simulation = Self.simulation()
-        try await QCOW2SimulationTests.create(
+        try await QCOW2SimulatedImage.create(
             simulation, clusterSize: Self.clusterSize, isLazy: false, size: Self.size,
             more: ["preallocation": "metadata"])
         let (failures, data) = try await simulation.run { thread throws(BlockError) in
@@ -188,7 +188,7 @@ import Testing
     @Test(arguments: 1...6 as ClosedRange<UInt64>)
     func writesBesideAnAllocationThatFailsAreThereAllTheSame(seed: UInt64) async throws {
         let simulation = Simulation(seed: seed)
-        try await QCOW2SimulationTests.create(
+        try await QCOW2SimulatedImage.create(
             simulation, clusterSize: Self.clusterSize, isLazy: false, size: Self.size)
         simulation.faults = [
             FaultRule(.write, path: "/disk", .fail(5), skip: Int(seed) % 3, times: 1)
@@ -211,6 +211,6 @@ import Testing
             return wrong
         }
         #expect(wrong == [], "seed \(seed)")
-        try QCOW2SimulationTests.check(simulation)
+        try QCOW2SimulatedImage.check(simulation)
     }
 }

@@ -16,19 +16,19 @@ import Testing
     {
         for seed in 1...8 as ClosedRange<UInt64> {
             let simulation = Simulation(seed: seed)
-            try await QCOW2SimulationTests.create(
+            try await QCOW2SimulatedImage.create(
                 simulation, clusterSize: clusterSize, isLazy: false)
             let full: [SimulatedOperation] = [.write, .setSize, .allocate]
             simulation.faults = full.map {
                 FaultRule($0, path: "/disk", .fail(28), skip: Int(seed) * 5, times: 30)
             }
-            let model = QCOW2SimulationTests.Model()
+            let model = QCOW2SimulatedImage.Model()
             var options = RandomRequests.Options()
             options.mayFailWith = [.noSpace]
             let requests = options
             let (violations, failures) = try await simulation.run { thread throws(BlockError) in
                 var failures = 0
-                let violations = try await QCOW2SimulationTests.use(thread) {
+                let violations = try await QCOW2SimulatedImage.use(thread) {
                     edge throws(BlockError) in
                     let run = RandomRequests(edge, model.shadow, seed: seed, requests)
                     await run.run()
@@ -42,7 +42,7 @@ import Testing
             }
             #expect(violations == [], "seed \(seed)")
             #expect(failures > 0, "seed \(seed)")
-            try QCOW2SimulationTests.check(simulation)
+            try QCOW2SimulatedImage.check(simulation)
         }
     }
 
@@ -54,17 +54,17 @@ import Testing
         var failedCount = 0
         for seed in 1...8 as ClosedRange<UInt64> {
             let simulation = Simulation(seed: seed)
-            try await QCOW2SimulationTests.create(
+            try await QCOW2SimulatedImage.create(
                 simulation, clusterSize: clusterSize, isLazy: false)
             simulation.faults = [
                 FaultRule(.synchronize, path: "/disk", .fail(5), skip: Int(seed), times: 1)
             ]
-            let model = QCOW2SimulationTests.Model()
+            let model = QCOW2SimulatedImage.Model()
             var options = RandomRequests.Options()
             options.mayFailWith = [.inputOutput]
             let requests = options
             let violations = try await simulation.run { thread throws(BlockError) in
-                try await QCOW2SimulationTests.use(thread) { edge throws(BlockError) in
+                try await QCOW2SimulatedImage.use(thread) { edge throws(BlockError) in
                     let run = RandomRequests(edge, model.shadow, seed: seed, requests)
                     await run.run()
                     var wrong = run.violations
@@ -85,14 +85,14 @@ import Testing
             simulation.faults = []
             model.shadow.crash()
             let left = try await simulation.run { thread throws(BlockError) in
-                try await QCOW2SimulationTests.use(thread) { edge throws(BlockError) in
+                try await QCOW2SimulatedImage.use(thread) { edge throws(BlockError) in
                     let run = RandomRequests(edge, model.shadow, seed: seed, requests)
                     await run.verify()
                     return run.violations
                 }
             }
             #expect(left == [], "seed \(seed)")
-            try QCOW2SimulationTests.check(simulation)
+            try QCOW2SimulatedImage.check(simulation)
         }
         #expect(failedCount > 0)
     }
@@ -101,7 +101,7 @@ import Testing
 
     /// The image over another, over a raw one.
     static func openChain(_ thread: IOThread) async throws(BlockError) -> (BlockGraph, Edge) {
-        let graph = BlockGraph(on: thread, registry: QCOW2SimulationTests.registry)
+        let graph = BlockGraph(on: thread, registry: QCOW2SimulatedImage.registry)
         let base: JSONValue = ["driver": "file", "filename": "/base", "locking": "off"]
         let node = try await graph.open(
             [
@@ -126,13 +126,13 @@ import Testing
             var contents = (0..<Self.size).map { UInt8(truncatingIfNeeded: $0 / 700 + 1) }
             simulation.disk.addFile("/base", bytes: Array(contents[..<700_000]))
             contents.replaceSubrange(700_000..., with: repeatElement(0, count: Self.size - 700_000))
-            try await QCOW2SimulationTests.create(
+            try await QCOW2SimulatedImage.create(
                 simulation, clusterSize: clusters.1, isLazy: false, path: "/middle")
-            try await QCOW2SimulationTests.create(
+            try await QCOW2SimulatedImage.create(
                 simulation, clusterSize: clusters.0, isLazy: false)
             // Into the middle, before the chain is there.
             try await simulation.run { thread throws(BlockError) in
-                let graph = BlockGraph(on: thread, registry: QCOW2SimulationTests.registry)
+                let graph = BlockGraph(on: thread, registry: QCOW2SimulatedImage.registry)
                 let node = try await graph.open(
                     [
                         "driver": "qcow2",
@@ -169,7 +169,7 @@ import Testing
                 return run.violations
             }
             #expect(violations == [], "seed \(seed)")
-            try QCOW2SimulationTests.check(simulation)
+            try QCOW2SimulatedImage.check(simulation)
         }
     }
 
@@ -207,7 +207,7 @@ import Testing
     static func open(
         _ thread: IOThread, _ test: Case
     ) async throws(BlockError) -> (BlockGraph, Edge) {
-        let graph = BlockGraph(on: thread, registry: QCOW2SimulationTests.registry)
+        let graph = BlockGraph(on: thread, registry: QCOW2SimulatedImage.registry)
         let backing: JSONValue =
             test.hasBacking ? ["driver": "file", "filename": "/base", "locking": "off"] : .null
         let node = try await graph.open(
@@ -224,7 +224,7 @@ import Testing
 
     static func prepare(_ simulation: Simulation, _ test: Case) async throws -> [UInt8] {
         simulation.disk.addFile("/base", bytes: [UInt8](repeating: 7, count: 4 << 20))
-        try await QCOW2SimulationTests.create(
+        try await QCOW2SimulatedImage.create(
             simulation, clusterSize: test.clusterSize, isLazy: false, size: test.from)
         return try await simulation.run { thread throws(BlockError) in
             let (graph, edge) = try await open(thread, test)
@@ -294,11 +294,11 @@ import Testing
                     await QCOW2SnapshotPowerTests.close(graph, edge)
                 }
                 simulation.faults = []
-                try QCOW2SimulationTests.check(simulation)
+                try QCOW2SimulatedImage.check(simulation)
                 let wrong = try await Self.verify(
                     simulation, test, contents, isDone: done.isSet)
                 #expect(wrong == [], "\(test), cut at \(operation) \(cut)")
-                try QCOW2SimulationTests.check(simulation)
+                try QCOW2SimulatedImage.check(simulation)
                 if case .finished = outcome { break }
                 cut += cut < 20 ? 1 : 7
             }

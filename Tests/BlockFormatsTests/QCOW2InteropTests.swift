@@ -263,3 +263,57 @@ struct QCOW2Variant: Sendable, CustomTestStringConvertible {
         #expect(try await folder.contents("a.qcow2") == [UInt8](repeating: 3, count: 1 << 20))
     }
 }
+
+/// Images whose clusters have a place while they show what is below.
+@Suite struct QCOW2PreallocatedOverlayTests {
+    static let size = 3 << 20
+
+    @Test(arguments: ["metadata", "falloc", "full"], [false, true])
+    func withSubclustersAPreallocatedImageShowsItsBackingImage(
+        preallocation: String, isEncrypted: Bool
+    ) async throws {
+        let folder = try QCOW2TestFolder()
+        var bytes = QCOW2InteropTests.pattern(Self.size, seed: 41)
+        try folder.write(bytes, "base.img")
+        var options: JSONObject = [
+            "size": .integer(Self.size), "extended-l2": true, "backing-fmt": "raw",
+            "preallocation": .string(preallocation), "backing-file": .string(folder["base.img"]),
+        ]
+        if isEncrypted {
+            for (key, value) in QCOW2SimulationTests.encryption.members { options[key] = value }
+        }
+        try await folder.create("a.qcow2", .object(options))
+        let key: JSONValue = .object(isEncrypted ? QCOW2SimulationTests.key : [:])
+        let clusters = try folder.bytes("a.qcow2").count
+        #expect(clusters > Self.size)
+        #expect(try await folder.contents("a.qcow2", options: key) == bytes)
+        try await folder.open("a.qcow2", options: key) { edge throws(BlockError) in
+            try await QCOW2SnapshotTests.fill(edge, 100_000..<101_000, 5)
+            try await edge.writeZeroes(ByteRange(1 << 20, 70_000))
+        }
+        for index in 100_000..<101_000 { bytes[index] = 5 }
+        for index in 1 << 20..<1 << 20 + 70_000 { bytes[index] = 0 }
+        // In the places that were made ready.
+        #expect(try folder.bytes("a.qcow2").count == clusters)
+        try folder.write(bytes, "raw.img")
+        let name = "driver=qcow2,file.filename=a.qcow2"
+        try folder.run(
+            ["qemu-img", "convert"] + QCOW2TestFolder.objects
+                + ["--image-opts", "-O", "raw"]
+                + [isEncrypted ? "\(name),encrypt.key-secret=good" : name, "b.img"])
+        #expect(try folder.bytes("b.img") == bytes)
+        try folder.run(
+            ["qemu-img", "check"] + QCOW2TestFolder.objects
+                + ["--image-opts"]
+                + [isEncrypted ? "\(name),encrypt.key-secret=good" : name])
+    }
+
+    @Test func withoutSubclustersItIsRefused() async throws {
+        let folder = try QCOW2TestFolder()
+        await #expect(throws: BlockError.self) {
+            try await folder.create(
+                "a.qcow2",
+                ["size": 65536, "preallocation": "metadata", "backing-file": "base.img"])
+        }
+    }
+}

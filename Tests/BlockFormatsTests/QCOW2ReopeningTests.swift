@@ -226,6 +226,44 @@ import Testing
         }
     }
 
+    // MARK: Snapshots
+
+    @Test func aSnapshotIsReadOnWhileTheImageIsReopenedAndAmended() async throws {
+        let folder = try QCOW2TestFolder()
+        try folder.run(["qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "4M"])
+        try folder.run(["qemu-io", "-c", "write -P 1 0 2M", "a.qcow2"])
+        try folder.run(["qemu-img", "snapshot", "-c", "s", "a.qcow2"])
+        try await with(folder, [:]) { image throws(BlockError) in
+            let node = try image.node()
+            let source = try await node.requireSnapshotStore().openSnapshot("1", for: node)
+            func check() async throws(BlockError) {
+                let vector = try IOVector(allocating: 3 << 20)
+                try await source.readSnapshot(0, into: vector)
+                #expect(vector.array[..<(2 << 20)].allSatisfy { $0 == 1 })
+                #expect(vector.array[(2 << 20)...].allSatisfy { $0 == 0 })
+            }
+            try await check()
+            for options in [["read-only": true], ["l2-cache-entry-size": 65536], [:]]
+                as [JSONObject]
+            {
+                try await image.reopen(options)
+                try await check()
+            }
+            try await image.use([.consistentRead, .write]) { edge throws(BlockError) in
+                try await QCOW2AmendTests.amend(edge, ["refcount-bits": 64])
+                try await QCOW2SnapshotTests.fill(edge, 0..<4 << 20, 9)
+                try await check()
+                // Whoever reads it keeps it.
+                await #expect(throws: BlockError.self) {
+                    try await QCOW2SnapshotTests.delete(edge, "s")
+                }
+                source.close()
+                try await QCOW2SnapshotTests.delete(edge, "s")
+            }
+        }
+        try folder.check("a.qcow2")
+    }
+
     // MARK: Load
 
     @Test func requestsFollowTheModelWhileAnEncryptedImageWithABitmapIsReopened() async throws {

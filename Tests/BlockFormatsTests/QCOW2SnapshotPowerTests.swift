@@ -45,7 +45,7 @@ import Testing
     static func open(
         _ thread: IOThread, writable: Bool = true
     ) async throws(BlockError) -> (BlockGraph, Edge) {
-        let graph = BlockGraph(on: thread, registry: QCOW2SimulationTests.registry)
+        let graph = BlockGraph(on: thread, registry: QCOW2SimulatedImage.registry)
         let node = try await graph.open(
             [
                 "driver": "qcow2", "node-name": "image", "discard": "unmap",
@@ -67,7 +67,7 @@ import Testing
     /// A disk with two snapshots, which share a part.
     static func prepare(_ simulation: Simulation, _ test: Case) async throws -> State {
         let state = State()
-        try await QCOW2SimulationTests.create(
+        try await QCOW2SimulatedImage.create(
             simulation, clusterSize: test.clusterSize, isLazy: test.isLazy, size: size,
             version: test.version)
         try await simulation.run { thread throws(BlockError) in
@@ -162,7 +162,7 @@ import Testing
                 let wrong = try await Self.verify(simulation, test, state)
                 #expect(wrong == [], "\(test), cut at \(operation) \(cut)")
                 // Version 2 cannot tell that flags are out of date.
-                if test.version == "v3" { try QCOW2SimulationTests.check(simulation) }
+                if test.version == "v3" { try QCOW2SimulatedImage.check(simulation) }
                 if case .finished = outcome { break }
                 // All of the first, then here and there.
                 cut += cut < 30 ? 1 : 7
@@ -208,7 +208,7 @@ import Testing
                 #expect(wrong == [], "\(change), failing \(operation) \(skip)")
                 if isCorrupt { continue }
                 writtenCount += 1
-                try QCOW2SimulationTests.check(simulation)
+                try QCOW2SimulatedImage.check(simulation)
             }
             #expect(failureCount > 0, "\(change), failing \(operation)")
             #expect(writtenCount > runs / 2, "\(change), failing \(operation)")

@@ -122,7 +122,7 @@ final class QCOW2TestFolder: Sendable {
     /// Passphrases that images can be opened and made with.
     static let secrets = ["good": "correct horse", "other": "battery", "third": "staple"]
 
-    private static func addSecrets(to graph: BlockGraph) throws(BlockError) {
+    static func addSecrets(to graph: BlockGraph) throws(BlockError) {
         for (name, text) in secrets {
             try graph.addObject(GraphSecret(Array(text.utf8)), as: name)
         }
@@ -156,6 +156,20 @@ final class QCOW2TestFolder: Sendable {
             }
             try await creation.finish()
             try await graph.closeAll()
+        }
+    }
+
+    /// Passes when the image takes no compressed data.
+    func expectNoCompressedData(_ name: String, options: JSONValue = [:]) async throws {
+        try await open(name, options: options) { edge throws(BlockError) in
+            let vector = try IOVector(allocating: 65536)
+            vector.fill(1)
+            do throws(BlockError) {
+                try await edge.write(0, from: vector, .compressed)
+                Issue.record("taken")
+            } catch {
+                #expect(error.code == .unsupported)
+            }
         }
     }
 

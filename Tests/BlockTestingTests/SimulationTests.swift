@@ -188,6 +188,28 @@ import Glibc
         #expect(kinds == ["kept", "dropped", "torn"])
     }
 
+    /// A disk writes whole sectors, as the page cache has them at that moment.
+    @Test func whatSurvivesOfASectorIsWhatItHeldAtSomeTime() async throws {
+        let simulation = Simulation(seed: 4)
+        simulation.disk.addFile("/a", size: 512)
+        try await simulation.run { thread throws(BlockError) in
+            let file = try await File.open("/a", FileOptions(writable: true), on: thread)
+            for value in 1...2 as ClosedRange<UInt8> {
+                let vector = try IOVector(allocating: 100)
+                vector.fill(value)
+                _ = try await file.write(vector, at: Int(value) * 100)
+            }
+            await file.close()
+        }
+        var random = SeededRandom(seed: 4)
+        var found: Set<[UInt8]> = []
+        for _ in 0..<200 {
+            let bytes = simulation.disk.survivor(.mixed, using: &random).bytes(of: "/a") ?? []
+            found.insert([bytes[100], bytes[200]])
+        }
+        #expect(found == [[0, 0], [1, 0], [1, 2]])
+    }
+
     @Test func aRunInWhichNothingCanHappenIsReported() async throws {
         let simulation = Simulation(seed: 1)
         simulation.disk.addFile("/a", size: 4096)

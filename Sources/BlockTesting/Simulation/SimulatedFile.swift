@@ -24,6 +24,15 @@ enum FileChange: Sendable {
         }
     }
 
+    /// The bytes that it changes.
+    var range: ByteRange? {
+        switch self {
+        case .write(let offset, let bytes): ByteRange(offset, bytes.count)
+        case .zero(let range, _, _): range
+        case .reserve, .setSize: nil
+        }
+    }
+
     /// The change cut at multiples of `unit`, where the medium may tear it.
     func pieces(unit: Int) -> [FileChange] {
         switch self {
@@ -105,21 +114,35 @@ final class SimulatedFile {
     func survivor(_ losses: CrashLosses, _ random: inout SeededRandom) -> SimulatedFile {
         let unit = losses.tearUnit ?? (random.chance(500) ? 512 : 4096)
         var content = durable
+        var seen = durable
         for (change, mustSurvive) in log {
-            if mustSurvive {
-                change.apply(to: &content)
-                continue
-            }
-            switch losses.fate(&random) {
-            case .kept: change.apply(to: &content)
+            change.apply(to: &seen)
+            switch mustSurvive ? .kept : losses.fate(&random) {
+            case .kept: Self.keep(change, of: seen, in: &content)
             case .dropped: break
             case .torn:
                 for piece in change.pieces(unit: unit) where random.chance(500) {
-                    piece.apply(to: &content)
+                    Self.keep(piece, of: seen, in: &content)
                 }
             }
         }
         return Self(number: number, holding: content)
+    }
+
+    private static let sectorSize = 512
+
+    /// Applies a change to what survives. A sector is written whole, as programs saw it after the change:
+    /// where a change ends within one, earlier changes of that sector survive with it.
+    private static func keep(
+        _ change: FileChange, of seen: SparseBytes, in content: inout SparseBytes
+    ) {
+        change.apply(to: &content)
+        guard let range = change.range, range.count > 0 else { return }
+        for edge in [range.offset, range.end] where !edge.isAligned(to: sectorSize) {
+            let start = edge.roundedDown(to: sectorSize)
+            let count = min(sectorSize, max(0, seen.size - start))
+            seen.bytes(ByteRange(start, count)).withUnsafeBytes { content.write(start, $0) }
+        }
     }
 
     private init(number: UInt64, holding content: SparseBytes) {
