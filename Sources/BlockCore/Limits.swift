@@ -28,4 +28,6 @@ public enum Limits {
     public static let bitmapBitCountMax = 1 << 32
     /// What the buffer pool keeps for reuse.
     public static let bufferPoolBytesMax = 8 << 20
+    /// The same while an image is copied or compared: all that the requests in flight need.
+    public static let busyBufferPoolBytesMax = 64 << 20
 }

@@ -11,7 +11,7 @@ import Darwin
 /// Page-aligned memory by powers of two, kept for reuse.
 ///
 /// The pool is shared by all threads: a buffer is often filled on one and dropped on another. What it
-/// keeps is bounded by ``Limits/bufferPoolBytesMax``; the rest goes back to the system.
+/// keeps is bounded, by ``Limits/bufferPoolBytesMax`` at first; the rest goes back to the system.
 final class BufferPool: Sendable {
     static let shared = BufferPool()
 
@@ -25,6 +25,7 @@ final class BufferPool: Sendable {
         var free = [[UnsafeMutableRawPointer]](
             repeating: [], count: BufferPool.largestShift - BufferPool.smallestShift + 1)
         var bytes = 0
+        var bytesMax = Limits.bufferPoolBytesMax
     }
 
     private let shelf = Mutex(Shelf())
@@ -56,7 +57,7 @@ final class BufferPool: Sendable {
     func release(_ memory: UnsafeMutableRawPointer, capacity: Int) {
         if let index = Self.index(of: capacity) {
             let kept = shelf.withLock { shelf in
-                guard shelf.bytes + capacity <= Limits.bufferPoolBytesMax else { return false }
+                guard shelf.bytes + capacity <= shelf.bytesMax else { return false }
                 shelf.free[index].append(memory)
                 shelf.bytes += capacity
                 return true
@@ -66,11 +67,16 @@ final class BufferPool: Sendable {
         free(memory)
     }
 
+    func keep(atMost bytes: Int) {
+        shelf.withLock { $0.bytesMax = bytes }
+    }
+
     /// Gives everything kept back to the system.
     func drain() {
         let dropped = shelf.withLock { shelf in
-            let all = Shelf(free: shelf.free, bytes: shelf.bytes)
+            let all = shelf
             shelf = Shelf()
+            shelf.bytesMax = all.bytesMax
             return all
         }
         for memory in dropped.free.joined() { free(memory) }

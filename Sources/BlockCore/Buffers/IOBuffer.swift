@@ -32,6 +32,11 @@ public final class IOBuffer: @unchecked Sendable {
         IOSlice(self, 0, count)
     }
 
+    /// How much memory is kept for reuse from now on, in bytes.
+    public static func keepForReuse(atMost bytes: Int) {
+        BufferPool.shared.keep(atMost: bytes)
+    }
+
     /// Returns memory that is kept for reuse to the system.
     public static func drainPool() {
         BufferPool.shared.drain()

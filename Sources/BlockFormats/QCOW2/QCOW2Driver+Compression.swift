@@ -32,15 +32,22 @@ extension QCOW2Driver {
         let data: IOSlice
         if let found = decompressed.find(entry.rawValue) {
             data = found
+        } else if part.count == geometry.clusterSize, let whole = part.single {
+            // Nothing of it is left to be read soon.
+            try await decompress(entry, into: whole)
+            return
         } else {
-            data = try await decompress(entry)
+            data = try IOBuffer(count: geometry.clusterSize).prefix(geometry.clusterSize)
+            try await decompress(entry, into: data)
             decompressed.insert(entry.rawValue, data)
         }
         let inCluster = offset & (geometry.clusterSize - 1)
         part.copy(from: IOVector(data.slice(inCluster, part.count)))
     }
 
-    private func decompress(_ entry: QCOW2.L2Entry) async throws(BlockError) -> IOSlice {
+    private func decompress(
+        _ entry: QCOW2.L2Entry, into target: IOSlice
+    ) async throws(BlockError) {
         let descriptor = QCOW2.CompressedDescriptor(entry, clusterBits: geometry.clusterBits)
         let count = min(descriptor.byteCount, file.size - descriptor.offset)
         guard count > 0 else {
@@ -50,8 +57,6 @@ extension QCOW2Driver {
         let source = try IOBuffer(count: count).prefix(count)
         await file.reached(.readCompressed)
         try await file.read(descriptor.offset, into: IOVector(source))
-        let size = geometry.clusterSize
-        let target = try IOBuffer(count: size).prefix(size)
         let type = image.header.compression
         let succeeded = await thread.offload {
             QCOW2.decompress(
@@ -61,7 +66,6 @@ extension QCOW2Driver {
             throw BlockError(
                 .corrupt, "the compressed cluster at \(descriptor.offset) in the file is damaged")
         }
-        return target
     }
 }
 

@@ -19,6 +19,8 @@ final class Workers: @unchecked Sendable {
         _ count: Int, on thread: IOThread,
         _ step: @escaping @Sendable () async throws(BlockError) -> Bool
     ) async throws(BlockError) {
+        IOBuffer.keepForReuse(atMost: Limits.busyBufferPoolBytesMax)
+        defer { IOBuffer.keepForReuse(atMost: Limits.bufferPoolBytesMax) }
         let workers = Workers(thread)
         workers.running = count
         for _ in 0..<count {
