@@ -72,13 +72,25 @@ public enum ImageMap {
 }
 
 extension ImageMap.Entry {
-    /// As an element of the JSON array, in the order of keys that scripts know.
-    public var json: String {
-        var text =
-            "{ \"start\": \(start), \"length\": \(length), \"depth\": \(depth), "
-            + "\"present\": \(isPresent), \"zero\": \(isZero), \"data\": \(isData)"
-        if let offset { text += ", \"offset\": \(offset)" }
-        return text + "}"
+    /// Appends an element of the JSON array, in the order of keys that scripts know.
+    public func appendJSON(to text: inout OutputText) {
+        text.append("{ \"start\": ")
+        text.append(start)
+        text.append(", \"length\": ")
+        text.append(length)
+        text.append(", \"depth\": ")
+        text.append(depth)
+        text.append(", \"present\": ")
+        text.append(isPresent)
+        text.append(", \"zero\": ")
+        text.append(isZero)
+        text.append(", \"data\": ")
+        text.append(isData)
+        if let offset {
+            text.append(", \"offset\": ")
+            text.append(offset)
+        }
+        text.append("}")
     }
 
     public static let heading = "Offset          Length          Mapped to       File\n"

@@ -245,10 +245,13 @@ extension ToolSession {
     }
 
     func isBlockDevice(_ path: String) async throws(BlockError) -> Bool {
-        let file = try await File.open(path, FileOptions(writable: false), on: thread)
-        let kind = try? await file.status().kind
-        await file.close()
-        return kind == .blockDevice
+        let system = thread.system
+        // In one go: each trip to a worker thread is a part of what a short command takes.
+        return try await thread.offload { () throws(BlockError) in
+            let handle = try system.open(path, FileOptions(writable: false))
+            defer { system.close(handle) }
+            return try system.status(of: handle).kind == .blockDevice
+        }
     }
 
     /// The format of an image from its first bytes.

@@ -13,15 +13,21 @@ import Darwin
 enum StandardOutput {
     static func print(_ text: String) {
         var text = text
-        text.withUTF8 { bytes in
-            var rest = UnsafeRawBufferPointer(bytes)
-            while !rest.isEmpty {
-                let count = write(1, rest.baseAddress, rest.count)
-                if count < 0, errno == EINTR { continue }
-                // Nobody reads any more.
-                guard count > 0 else { return }
-                rest = UnsafeRawBufferPointer(rebasing: rest[count...])
-            }
+        text.withUTF8 { send(UnsafeRawBufferPointer($0)) }
+    }
+
+    static func print(_ text: [UInt8]) {
+        text.withUnsafeBytes { send($0) }
+    }
+
+    private static func send(_ bytes: UnsafeRawBufferPointer) {
+        var rest = bytes
+        while !rest.isEmpty {
+            let count = write(1, rest.baseAddress, rest.count)
+            if count < 0, errno == EINTR { continue }
+            // Nobody reads any more.
+            guard count > 0 else { return }
+            rest = UnsafeRawBufferPointer(rebasing: rest[count...])
         }
     }
 }

@@ -31,25 +31,27 @@ struct MapCommand: ParsableCommand {
                 let begin = min(first, edge.size)
                 let range = ByteRange(begin, min(wanted, edge.size - begin))
                 var failure: BlockError?
-                var separator = "["
-                var lines = isJSON ? "" : ImageMap.Entry.heading
+                var isFirst = true
+                var lines = OutputText()
+                lines.append(isJSON ? "[" : ImageMap.Entry.heading)
                 try await ImageMap.walk(edge, range) { entry in
                     // Many lines at once: a fragmented image has a million of them.
-                    if lines.utf8.count >= 1 << 16 {
-                        StandardOutput.print(lines)
-                        lines = ""
+                    if lines.bytes.count >= 1 << 16 {
+                        StandardOutput.print(lines.bytes)
+                        lines.removeAll()
                     }
                     if isJSON {
-                        lines += separator + entry.json
-                        separator = ",\n"
+                        if !isFirst { lines.append(",\n") }
+                        isFirst = false
+                        entry.appendJSON(to: &lines)
                         return
                     }
                     do throws(BlockError) {
-                        if failure == nil, let line = try entry.line() { lines += line }
+                        if failure == nil, let line = try entry.line() { lines.append(line) }
                     } catch { failure = failure ?? error }
                 }
-                if isJSON { lines += (separator == "[" ? "[" : "") + "]\n" }
-                StandardOutput.print(lines)
+                if isJSON { lines.append("]\n") }
+                StandardOutput.print(lines.bytes)
                 try await session.graph.detach(edge)
                 if let failure { throw failure }
             }

@@ -1,0 +1,32 @@
+/// Text that grows byte by byte, for output of a million short lines, where a `String` for each would be
+/// most of the work.
+public struct OutputText: Sendable {
+    public private(set) var bytes: [UInt8] = []
+
+    public init() {}
+
+    public mutating func append(_ text: String) {
+        bytes.append(contentsOf: text.utf8)
+    }
+
+    /// Appends a number, as `String(value)` writes it.
+    public mutating func append(_ value: Int) {
+        let start = bytes.count
+        var rest = value.magnitude
+        repeat {
+            bytes.append(UInt8(ascii: "0") + UInt8(truncatingIfNeeded: rest % 10))
+            rest /= 10
+        } while rest > 0
+        if value < 0 { bytes.append(UInt8(ascii: "-")) }
+        bytes[start...].reverse()
+    }
+
+    public mutating func append(_ value: Bool) {
+        append(value ? "true" : "false")
+    }
+
+    /// Keeps the memory for what comes next.
+    public mutating func removeAll() {
+        bytes.removeAll(keepingCapacity: true)
+    }
+}
