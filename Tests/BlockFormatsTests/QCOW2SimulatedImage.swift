@@ -142,8 +142,6 @@ enum QCOW2SimulatedImage {
         let seed = simulation.seed
         let model = Model()
         simulation.options.crashNanoseconds = 3_000_000 + seed * stepNanoseconds
-        // A write that stops within a sector, for good, leaves a sector that nobody can decrypt.
-        if opening["encrypt"] != nil { simulation.options.shortPerMille = 0 }
         let outcome = try await simulation.boot { thread throws(BlockError) in
             try await use(thread, opening) { edge throws(BlockError) in
                 let run = RandomRequests(edge, model.shadow, seed: seed, requests)

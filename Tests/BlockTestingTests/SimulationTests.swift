@@ -197,7 +197,7 @@ import Glibc
             for value in 1...2 as ClosedRange<UInt8> {
                 let vector = try IOVector(allocating: 100)
                 vector.fill(value)
-                _ = try await file.write(vector, at: Int(value) * 100)
+                try await file.write(vector, at: Int(value) * 100)
             }
             await file.close()
         }
@@ -208,6 +208,28 @@ import Glibc
             found.insert([bytes[100], bytes[200]])
         }
         #expect(found == [[0, 0], [1, 0], [1, 2]])
+    }
+
+    @Test func aWriteThatComesShortTearsNoSector() async throws {
+        for seed in 1...20 as ClosedRange<UInt64> {
+            let simulation = Simulation(seed: seed)
+            simulation.disk.addFile("/a", size: 512)
+            simulation.options.shortPerMille = 1000
+            // Before it goes on with the rest.
+            simulation.faults = [FaultRule(.write, .crash, skip: 1, times: 1)]
+            let outcome = try await simulation.boot { thread throws(BlockError) in
+                let file = try await File.open("/a", FileOptions(writable: true), on: thread)
+                let vector = try IOVector(allocating: 100)
+                vector.fill(1)
+                try await file.write(vector, at: 0)
+            }
+            guard case .crashed = outcome else {
+                Issue.record("the machine did not go down, seed \(seed)")
+                continue
+            }
+            let bytes = try #require(simulation.disk.bytes(of: "/a"))
+            #expect(bytes.allSatisfy { $0 == 0 }, "seed \(seed)")
+        }
     }
 
     @Test func aRunInWhichNothingCanHappenIsReported() async throws {

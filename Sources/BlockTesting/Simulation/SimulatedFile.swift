@@ -73,7 +73,7 @@ final class SimulatedFile {
     let number: UInt64
     private(set) var current = SparseBytes()
     private(set) var durable = SparseBytes()
-    private var log: [(change: FileChange, mustSurvive: Bool)] = []
+    private var log: [(change: FileChange, mustSurvive: Bool, isPassing: Bool)] = []
     /// How many changes left the log before those in it.
     private var logStart = 0
     var locks: [(holder: IOHandleNumber, range: ByteRange, isExclusive: Bool)] = []
@@ -85,10 +85,12 @@ final class SimulatedFile {
     /// Names the end of the log: what a synchronisation that begins now covers.
     var position: Int { logStart + log.count }
 
-    /// - Parameter mustSurvive: on stable storage at once (a durable write).
-    func change(_ change: FileChange, mustSurvive: Bool = false) {
+    /// - Parameters:
+    ///   - mustSurvive: on stable storage at once (a durable write).
+    ///   - isPassing: a sector that is being filled: by itself it does not reach the medium.
+    func change(_ change: FileChange, mustSurvive: Bool = false, isPassing: Bool = false) {
         change.apply(to: &current)
-        log.append((change, mustSurvive))
+        log.append((change, mustSurvive, isPassing))
     }
 
     /// Everything before `position` is on stable storage.
@@ -115,8 +117,9 @@ final class SimulatedFile {
         let unit = losses.tearUnit ?? (random.chance(500) ? 512 : 4096)
         var content = durable
         var seen = durable
-        for (change, mustSurvive) in log {
+        for (change, mustSurvive, isPassing) in log {
             change.apply(to: &seen)
+            if isPassing { continue }
             switch mustSurvive ? .kept : losses.fate(&random) {
             case .kept: Self.keep(change, of: seen, in: &content)
             case .dropped: break

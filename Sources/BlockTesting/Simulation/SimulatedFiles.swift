@@ -147,9 +147,15 @@ final class FileService {
         let fitting = simulation.disk.room(
             for: ByteRange(offset + start, end - start), in: open.file)
         if fitting == 0 { return failure = -Int(ENOSPC) }
-        open.file.change(
-            .write(offset: offset + start, bytes: vector.slice(start, fitting).array),
-            mustSurvive: durable)
+        // A write that comes short within a sector goes on there: the medium gets the sector then.
+        let reached = offset + start + fitting
+        let isCut = !durable && start + fitting < vector.count
+        let whole = isCut ? max(reached.roundedDown(to: 512) - offset - start, 0) : fitting
+        for (from, count) in [(start, whole), (start + whole, fitting - whole)] where count > 0 {
+            open.file.change(
+                .write(offset: offset + from, bytes: vector.slice(from, count).array),
+                mustSurvive: durable, isPassing: from > start || whole == 0)
+        }
         if durable { simulation.disk.commitName(of: open.file) }
         done += fitting
     }
