@@ -6,7 +6,8 @@ import QMP
 ///
 /// Nodes live while somebody holds them. Dropping a hold or an edge closes nothing by itself:
 /// ``collect()`` closes what nobody holds any more, children after parents, and reports what could
-/// not be made durable.
+/// not be made durable. Whoever gives up the last use of a node closes that node and what it alone
+/// kept below it, and is the one who is told how that went (see ``closeUnheld(_:)``).
 public final class BlockGraph: @unchecked Sendable {
     public let thread: IOThread
     public let registry: DriverRegistry
@@ -53,16 +54,11 @@ public final class BlockGraph: @unchecked Sendable {
         inheriting inherited: NodeOptions = NodeOptions()
     ) async throws(BlockError) -> BlockNode {
         thread.preconditionOnThread()
-        do throws(BlockError) {
-            let node = try await openUnheld(
-                options, inheriting: inherited, needsName: monitorOwned, nesting: 0)
-            node.isMonitorOwned = monitorOwned
-            if !monitorOwned { node.hold("opening") }
-            return node
-        } catch {
-            try? await collect()
-            throw error
-        }
+        let node = try await openUnheld(
+            options, inheriting: inherited, needsName: monitorOwned, nesting: 0)
+        node.isMonitorOwned = monitorOwned
+        if !monitorOwned { node.hold("opening") }
+        return node
     }
 
     func openUnheld(
@@ -101,6 +97,8 @@ public final class BlockGraph: @unchecked Sendable {
             try transaction.commit()
         } catch {
             node.release("opening")
+            // Why it did not open says more than how its children closed.
+            try? await closeUnheld([node])
             throw error.on(node: name)
         }
         node.release("opening")
@@ -167,20 +165,29 @@ public final class BlockGraph: @unchecked Sendable {
         }
     }
 
+    /// A user is about to leave and waits for its requests: from here to its ``detach(_:)`` no driver
+    /// below holds requests back.
+    public func beginDetach(_ edge: Edge) {
+        guard edge.drainedForDetach.isEmpty else { return }
+        edge.drainedForDetach = edge.node.nodesBelow.filter(\.isOpen).map(\.driver)
+        for driver in edge.drainedForDetach { driver.drainBegins() }
+    }
+
     /// Ends a use, once its requests are done, and closes what nobody holds any more.
     public func detach(_ edge: Edge) async throws(BlockError) {
         if edge.inFlight > 0 {
             // Nothing that holds requests back keeps a user that leaves.
-            let drivers = edge.node.nodesBelow.filter(\.isOpen).map(\.driver)
-            for driver in drivers { driver.drainBegins() }
+            beginDetach(edge)
             await edge.untilIdle()
-            for driver in drivers { driver.drainEnds() }
         }
+        for driver in edge.drainedForDetach { driver.drainEnds() }
+        edge.drainedForDetach = []
+        let node = edge.node
         let transaction = GraphTransaction(self)
         transaction.detach(edge)
         // Giving up a use conflicts with nothing.
         try transaction.commit()
-        try await collect()
+        try await closeUnheld([node])
     }
 
     /// Drops the monitor's hold.
@@ -200,7 +207,7 @@ public final class BlockGraph: @unchecked Sendable {
                 remedy: "remove its users first", node: node.name)
         }
         node.isMonitorOwned = false
-        try await collect()
+        try await closeUnheld([node])
     }
 
     // MARK: Close
@@ -209,16 +216,25 @@ public final class BlockGraph: @unchecked Sendable {
     ///
     /// - Throws: the first failure to make something durable; everything is closed all the same.
     public func collect() async throws(BlockError) {
+        try await closeUnheld(nodes)
+    }
+
+    /// Closes those of `candidates` that nobody holds, and what they alone held below them, parents
+    /// before children. All are closed on return, and their failures are this caller's, whoever else
+    /// closes nodes meanwhile.
+    ///
+    /// - Throws: the first failure to make something durable; everything is closed all the same.
+    func closeUnheld(_ candidates: [BlockNode]) async throws(BlockError) {
         var failure: BlockError?
-        while let node = nodes.first(where: { !$0.isHeld }) {
-            // Out of the table first: nobody finds it while it closes.
-            nodes.removeAll { $0 === node }
-            byName[node.name] = nil
+        var closing = takeUnheld(candidates)
+        while !closing.isEmpty {
+            let node = closing.removeFirst()
             do throws(BlockError) {
                 if node.isOpen { try await node.driver.close() }
             } catch {
                 failure = failure ?? error.on(node: node.name)
             }
+            let children = node.children.map(\.node)
             let transaction = GraphTransaction(self)
             for edge in node.children { transaction.detach(edge) }
             do throws(BlockError) {
@@ -226,8 +242,20 @@ public final class BlockGraph: @unchecked Sendable {
             } catch {
                 failure = failure ?? error
             }
+            closing += takeUnheld(children)
         }
         if let failure { throw failure }
+    }
+
+    /// Takes those that nobody holds out of the table: nobody finds them, or closes them, from here on.
+    private func takeUnheld(_ candidates: [BlockNode]) -> [BlockNode] {
+        var taken: [BlockNode] = []
+        for node in candidates where !node.isHeld && byName[node.name] === node {
+            nodes.removeAll { $0 === node }
+            byName[node.name] = nil
+            taken.append(node)
+        }
+        return taken
     }
 
     /// Drops the monitor's holds and closes all that is not used: at the end of the process.

@@ -50,6 +50,8 @@ public final class Edge: @unchecked Sendable {
     var gateCount = 0
     var gateSleepers: [UnsafeContinuation<Void, Never>] = []
     var drainSleepers: [UnsafeContinuation<Void, Never>] = []
+    /// The drivers that were told of a drain because the user leaves; see ``BlockGraph/beginDetach(_:)``.
+    var drainedForDetach: [any BlockDriver] = []
     /// Every write of this user is on stable storage before it completes (cache mode writethrough).
     public var isWriteThrough = false
     /// Counts and latencies of a user's requests.

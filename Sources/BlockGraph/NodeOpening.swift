@@ -48,6 +48,7 @@ public final class NodeOpening {
             return edge
         } catch {
             transaction.abort()
+            if isOpenedHere { try? await node.graph.closeUnheld([child]) }
             throw error
         }
     }
@@ -89,26 +90,43 @@ public final class ImageCreation: NodeUser {
                 .invalidArgument, "option '\(name)' is missing", remedy: "name the node to write to"
             )
         }
+        var isOpenedHere = false
         let node: BlockNode
         if case .string(let reference) = value {
             node = try graph.requireNode(named: reference)
-            node.hold("image creation")
         } else {
             node = try await graph.open(value)
-            node.hold("image creation")
-            node.release("opening")
+            isOpenedHere = true
         }
-        defer { node.release("image creation") }
-        let edge = try graph.attach(
-            self, to: node, as: name,
-            Access(uses: [.consistentRead, .write, .resize], shares: []))
-        targets.append(edge)
-        return edge
+        defer { if isOpenedHere { node.release("opening") } }
+        do throws(BlockError) {
+            let edge = try graph.attach(
+                self, to: node, as: name,
+                Access(uses: [.consistentRead, .write, .resize], shares: []))
+            targets.append(edge)
+            return edge
+        } catch {
+            if isOpenedHere {
+                isOpenedHere = false
+                node.release("opening")
+                try? await graph.closeUnheld([node])
+            }
+            throw error
+        }
     }
 
     /// Flushes nothing; lets go of the targets. Called by whoever started the creation.
+    ///
+    /// - Throws: the first failure to close one; all are let go all the same.
     public func finish() async throws(BlockError) {
-        for edge in targets { try await graph.detach(edge) }
+        let leaving = targets
         targets = []
+        var failure: BlockError?
+        for edge in leaving {
+            do throws(BlockError) {
+                try await graph.detach(edge)
+            } catch { failure = failure ?? error }
+        }
+        if let failure { throw failure }
     }
 }

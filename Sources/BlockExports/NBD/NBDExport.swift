@@ -164,9 +164,15 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
         for connection in connections { connection.exportResized(to: edge.size) }
     }
 
+    /// It is about to be closed: nothing holds back the requests that are waited for then.
+    func beginClosing() {
+        if let edge { graph.beginDetach(edge) }
+    }
+
     /// Ends its connections, waits for their requests, and lets go of the node.
     public func close() async throws(BlockError) {
         guard let edge else { return }
+        beginClosing()
         self.edge = nil
         for connection in connections { connection.shutdown() }
         while !connections.isEmpty {
@@ -177,5 +183,7 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
             exported.node.release(userDescription)
         }
         try await graph.detach(edge)
+        // The nodes of its bitmaps need not be below any more.
+        if !bitmaps.isEmpty { try await graph.collect() }
     }
 }

@@ -128,6 +128,7 @@ public final class NBDServer: NBDExportCatalogue, @unchecked Sendable {
         // Whoever is listed from here on is being stopped: nobody new comes in.
         for listener in listeners { listener.close() }
         for connection in connections { connection.shutdown() }
+        for export in exportsInOrder { export.beginClosing() }
         while !connections.isEmpty {
             await withUnsafeContinuation { sleepers.append($0) }
         }

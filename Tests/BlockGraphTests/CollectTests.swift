@@ -1,0 +1,112 @@
+import BlockCore
+import BlockIO
+import QMP
+import Testing
+
+@testable import BlockGraph
+
+/// A disk whose closing takes a turn of the thread, or more, and may fail.
+private final class ClosingDriver: BlockDriver, @unchecked Sendable {
+    private let node: BlockNode
+    private let closeFails: Bool
+
+    init(_ node: BlockNode, closeFails: Bool) {
+        self.node = node
+        self.closeFails = closeFails
+        node.size = 65536
+    }
+
+    func read(_ offset: Int, into vector: IOVector, _ flags: ReadFlags) async throws(BlockError) {}
+    func write(_ offset: Int, from vector: IOVector, _ flags: WriteFlags) async throws(BlockError) {
+    }
+    func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {}
+    func discard(_ range: ByteRange) async throws(BlockError) {}
+    func flush() async throws(BlockError) {}
+    func blockStatus(_ range: ByteRange, precise: Bool) async throws(BlockError) -> BlockStatus {
+        BlockStatus([.data], count: range.count)
+    }
+    func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {}
+    var filename: String { "closing" }
+
+    func close() async throws(BlockError) {
+        for _ in 0..<3 { await node.thread.yield() }
+        if closeFails { throw BlockError(.inputOutput, "the close failed") }
+    }
+
+    static let description = DriverDescription(
+        name: "closing", kind: .format,
+        open: { opening throws(BlockError) in
+            let fails = try opening.options.bool("fails") ?? false
+            for name in ["a", "b"] { _ = try await opening.child(name, roles: .data) }
+            return ClosingDriver(opening.node, closeFails: fails)
+        })
+}
+
+/// Who closes nodes, and who is told how it went.
+@Suite struct CollectTests {
+    private static func withNodes<T: Sendable>(
+        _ body: @escaping @Sendable (BlockGraph) async throws(BlockError) -> T
+    ) async throws -> T {
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        return try await thread.run { () async throws(BlockError) -> T in
+            let graph = BlockGraph(
+                on: thread,
+                registry: DriverRegistry([ClosingDriver.description, MemoryDriver.description]))
+            return try await body(graph)
+        }
+    }
+
+    @Test func whoRemovesANodeIsToldOfItsChildrenWhateverElseIsClosedMeanwhile() async throws {
+        let codes = try await Self.withNodes { graph throws(BlockError) in
+            let node = try await graph.open(
+                [
+                    "driver": "closing", "node-name": "top", "a": ["driver": "closing"],
+                    "b": ["driver": "closing", "fails": true],
+                ], monitorOwned: true)
+            // Fails to open, again and again, and closes what it opened on the way.
+            let other = graph.thread.spawn {
+                for _ in 0..<8 {
+                    _ = try? await graph.open(["driver": "closing", "nonsense": true])
+                }
+            }
+            var codes: [BlockError.Code?] = [nil]
+            do throws(BlockError) { try await graph.remove(node) } catch { codes = [error.code] }
+            #expect(graph.nodes.allSatisfy { $0.name != "top" && $0.isReady == false })
+            await other.value
+            #expect(graph.nodes.isEmpty)
+            return codes
+        }
+        #expect(codes == [.inputOutput])
+    }
+
+    @Test func aNodeThatDoesNotOpenLeavesNothingAndClosesNothingElse() async throws {
+        try await Self.withNodes { graph throws(BlockError) in
+            let unheld = try await graph.open(["driver": "closing", "fails": true])
+            unheld.release("opening")
+            do throws(BlockError) {
+                _ = try await graph.open(
+                    ["driver": "closing", "a": ["driver": "closing"], "nonsense": true])
+                Issue.record("it opened")
+            } catch { #expect(error.code == .invalidArgument) }
+            #expect(graph.nodes.map(\.name) == [unheld.name])
+            do throws(BlockError) {
+                try await graph.collect()
+                Issue.record("nobody was told of the failure")
+            } catch { #expect(error.code == .inputOutput) }
+        }
+    }
+
+    @Test func aTargetThatACreationCannotUseIsClosedAgain() async throws {
+        try await Self.withNodes { graph throws(BlockError) in
+            let options: JSONValue = ["file": ["driver": "memory", "read-only": true]]
+            let creation = ImageCreation(graph, options: try OptionReader(options, of: "test"))
+            do throws(BlockError) {
+                _ = try await creation.target("file")
+                Issue.record("it is used")
+            } catch { #expect(error.code == .readOnly) }
+            #expect(graph.nodes.isEmpty)
+            try await creation.finish()
+        }
+    }
+}
