@@ -100,6 +100,7 @@ let package = Package(
         tests("BlockIO", ["CBlockTesting"]),
         tests("NBDProtocol"),
         tests("BlockGraph"),
+        tests("BlockProtocols", ["BlockTesting"]),
         tests("BlockFilters", ["BlockProtocols", "BlockFormats", "BlockTesting"]),
         tests("BlockFormats", ["BlockProtocols", "BlockTesting"]),
         tests("BlockTLS", ["BlockTesting"]),

@@ -168,6 +168,10 @@ public protocol BlockDriver: AnyObject, Sendable {
         _ reopening: NodeReopening
     ) async throws(BlockError) -> DriverReopening
 
+    /// Whether it stops waiting for requests to a child after some time. When that changes, it calls
+    /// ``BlockNode/timeLimitChanged()`` of the child.
+    func limitsTime(of edge: Edge) -> Bool
+
     /// From now on no request is to be held back, and those that are go on: somebody waits until none
     /// is in flight. Nests; each is followed by its ``drainEnds()``.
     func drainBegins()
@@ -211,6 +215,7 @@ extension BlockDriver {
     public func abortAccess() {}
     public func checkReplacement(of edge: Edge) throws(BlockError) {}
     public func childResized(_ edge: Edge) {}
+    public func limitsTime(of edge: Edge) -> Bool { false }
     public func drainBegins() {}
     public func drainEnds() {}
     public func childLimitsChanged(_ edge: Edge) {}

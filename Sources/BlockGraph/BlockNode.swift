@@ -42,6 +42,9 @@ public final class BlockNode: @unchecked Sendable {
     public internal(set) var parents: [Edge] = []
     public private(set) var file: Edge?
     public private(set) var backing: Edge?
+    /// Somebody above waits for its requests for some time only: what may take long must not keep the
+    /// thread from noticing that the time is up.
+    public private(set) var isTimed = false
 
     /// The monitor (or the command line) holds it, until `blockdev-del`.
     public internal(set) var isMonitorOwned = false
@@ -143,6 +146,21 @@ public final class BlockNode: @unchecked Sendable {
                 parent.driver.childLimitsChanged(edge)
             }
         }
+    }
+
+    // MARK: Time limits
+
+    /// `isTimed`, from its parents, whose own is right already.
+    func deriveTimeLimit() {
+        isTimed = parents.contains { edge in
+            guard let parent = edge.parentNode, parent.isOpen else { return false }
+            return parent.isTimed || parent.driver.limitsTime(of: edge)
+        }
+    }
+
+    /// A parent's driver says something else of ``BlockDriver/limitsTime(of:)`` than before.
+    public func timeLimitChanged() {
+        for node in PermissionUpdate.topological([self]) { node.deriveTimeLimit() }
     }
 
     // MARK: Observers

@@ -9,8 +9,8 @@ import Darwin
 #endif
 
 /// Sets of open files that somebody passed in, for files that this process may not open by itself:
-/// opening `/dev/fdset/ID` takes the member of the set whose access mode is the one wanted. Confined to
-/// the graph's thread.
+/// opening `/dev/fdset/ID` opens what the member of the set is whose access mode is the one wanted.
+/// Confined to the graph's thread.
 public final class DescriptorSets: @unchecked Sendable {
     public struct Member: Sendable {
         public let descriptor: Int32
@@ -28,6 +28,8 @@ public final class DescriptorSets: @unchecked Sendable {
 
     /// In the order of their identifiers.
     public private(set) var all: [Set] = []
+    /// By the member's descriptor.
+    private var loans: [Int32: LoanRecord] = [:]
 
     init() {}
 
@@ -85,14 +87,17 @@ public final class DescriptorSets: @unchecked Sendable {
             gone.contains { $0.descriptor == member.descriptor }
         }
         if all[place].members.isEmpty { all.remove(at: place) }
-        for member in gone { close(member.descriptor) }
+        for member in gone {
+            loans[member.descriptor] = nil
+            close(member.descriptor)
+        }
     }
 
-    /// A descriptor of its own for a path that names a set; `nil` for every other path.
+    /// The member of the set that a path names; `nil` for every path that names none.
     ///
     /// - Throws: `notFound` for a set that is not there, `permissionDenied` where no member has the
     ///   mode that is wanted.
-    public func open(_ path: String, writable: Bool) throws(BlockError) -> Int32? {
+    public func find(_ path: String, writable: Bool) throws(BlockError) -> Member? {
         guard path.hasPrefix(Self.prefix) else { return nil }
         let name = path.dropFirst(Self.prefix.count)
         guard let set = all.first(where: { String($0.identifier) == name }) else {
@@ -110,8 +115,41 @@ public final class DescriptorSets: @unchecked Sendable {
                 "'\(path)' holds nothing that was opened \(writable ? "to be written" : "read-only")",
                 remedy: "add-fd one")
         }
+        return member
+    }
+
+    /// A descriptor of the caller's own; it shares the member's open file description.
+    public func duplicate(_ member: Member, as path: String) throws(BlockError) -> Int32 {
         let copy = fcntl(member.descriptor, F_DUPFD_CLOEXEC, 0)
         guard copy >= 0 else { throw .system("cannot use '\(path)'", errno) }
         return copy
+    }
+
+    // MARK: Loans
+
+    /// A duplicate of a member, whose open file description it shares; lent to one user at a time.
+    /// Whoever has it closes the descriptor, and then lets go of the loan.
+    public final class Loan: Sendable {
+        public let descriptor: Int32
+        fileprivate init(_ descriptor: Int32) { self.descriptor = descriptor }
+    }
+
+    private struct LoanRecord {
+        weak var loan: Loan?
+    }
+
+    /// - Throws: `busy` while somebody has it, `notFound` when it was removed.
+    public func borrow(_ member: Member, as path: String) throws(BlockError) -> Loan {
+        guard all.contains(where: { $0.members.contains { $0.descriptor == member.descriptor } })
+        else { throw BlockError(.notFound, "'\(path)' was removed") }
+        guard loans[member.descriptor]?.loan == nil else {
+            throw BlockError(
+                .busy,
+                "'\(path)' is in use by another node, and this process may not open the file anew",
+                remedy: "pass in an opening of its own for each node")
+        }
+        let loan = Loan(try duplicate(member, as: path))
+        loans[member.descriptor] = LoanRecord(loan: loan)
+        return loan
     }
 }

@@ -83,12 +83,13 @@ struct PermissionUpdate {
         for node in order {
             guard let access = cumulative[ObjectIdentifier(node)] else { continue }
             node.cumulativeAccess = access
+            node.deriveTimeLimit()
             if node.isOpen { node.driver.applyAccess(access) }
         }
     }
 
     /// All nodes at or below `roots`, parents before children; without recursion.
-    private static func topological(_ roots: [BlockNode]) -> [BlockNode] {
+    static func topological(_ roots: [BlockNode]) -> [BlockNode] {
         var finished: [BlockNode] = []
         var state: [ObjectIdentifier: Bool] = [:]
         var stack = roots.map { ($0, false) }

@@ -13,6 +13,11 @@ import Darwin
 /// Reads and writes are whole: short transfers are continued. What the page cache can serve goes
 /// without a trip through the engine; where that keeps failing or stalling, it is left off for a
 /// while.
+///
+/// A write to the page cache may have to wait for the storage, and everything on the thread with it. So
+/// it is made at once only where the file system says that it need not wait, or where it cannot say so
+/// but the storage is this machine's own; never on network file systems (see ``ImmediateWrites``), and
+/// never for callers that have a deadline (``writesAtOnce``).
 public final class File: @unchecked Sendable {
     public let thread: IOThread
     public let handle: IOHandle
@@ -21,7 +26,12 @@ public final class File: @unchecked Sendable {
     public let isDirect: Bool
     private var reads = ImmediatePolicy()
     private var writes = ImmediatePolicy()
+    private var immediateWrites: ImmediateWrites
+    /// Off: whoever waits for writes gives up after a time, and that the thread has to see to.
+    public var writesAtOnce = true
     private var isClosed = false
+    /// Whoever has to know until when the file is open.
+    private var owner: AnyObject?
     /// Long copies go on without what they leave behind in the page cache: it is dropped after use.
     public var isStreaming = false
     private var readWindow = StreamWindow()
@@ -36,31 +46,47 @@ public final class File: @unchecked Sendable {
     /// A buffered write that takes longer than this waits for the disk: the thread must not.
     private static let slowWriteNanoseconds: UInt64 = 2_000_000
 
-    private init(thread: IOThread, handle: IOHandle, path: String, isDirect: Bool) {
+    private init(
+        thread: IOThread, handle: IOHandle, path: String, isDirect: Bool,
+        _ immediateWrites: ImmediateWrites
+    ) {
         self.thread = thread
         self.handle = handle
         self.path = path
         self.isDirect = isDirect
+        self.immediateWrites = immediateWrites
     }
 
     /// Opens `path` for use on `thread`, which the caller is on.
+    ///
+    /// - Parameter name: what it is to be called, where that is not its path.
     public static func open(
-        _ path: String, _ options: FileOptions, on thread: IOThread
+        _ path: String, _ options: FileOptions, as name: String? = nil, on thread: IOThread
     ) async throws(BlockError) -> File {
         thread.preconditionOnThread()
         let system = thread.system
-        let handle = try await thread.offload { () throws(BlockError) in
-            try system.open(path, options)
+        let (handle, immediate) = try await thread.offload {
+            () throws(BlockError) -> (IOHandle, ImmediateWrites) in
+            let handle = try system.open(path, options)
+            return (handle, system.immediateWrites(of: handle))
         }
-        return File(thread: thread, handle: handle, path: path, isDirect: options.direct)
+        return File(
+            thread: thread, handle: handle, path: name ?? path, isDirect: options.direct, immediate)
     }
 
     /// Takes over a file that somebody else opened, under the name it is to have in messages.
+    ///
+    /// - Parameter owner: kept until the file is closed.
     public static func adopt(
-        _ handle: IOHandle, as path: String, isDirect: Bool, on thread: IOThread
-    ) -> File {
+        _ handle: IOHandle, as path: String, isDirect: Bool, owner: AnyObject? = nil,
+        on thread: IOThread
+    ) async -> File {
         thread.preconditionOnThread()
-        return File(thread: thread, handle: handle, path: path, isDirect: isDirect)
+        let system = thread.system
+        let immediate = await thread.offload { system.immediateWrites(of: handle) }
+        let file = File(thread: thread, handle: handle, path: path, isDirect: isDirect, immediate)
+        file.owner = owner
+        return file
     }
 
     /// Closes the file once. What was not synchronised is not made durable by this.
@@ -70,6 +96,7 @@ public final class File: @unchecked Sendable {
         await untilDrops(atMost: 0)
         let (system, handle) = (thread.system, handle)
         await thread.offload { system.close(handle) }
+        owner = nil
     }
 
     // MARK: Data
@@ -117,13 +144,25 @@ public final class File: @unchecked Sendable {
     ///
     /// - Returns: whether all of `vector` was taken.
     public func writeNow(_ vector: IOVector, at offset: Int) -> Bool {
-        guard !isDirect, vector.count < Self.asideBytesMin, writes.mayTry else { return false }
+        guard !isDirect, vector.count < Self.asideBytesMin else { return false }
+        return writeAtOnce(vector, offset) == vector.count
+    }
+
+    /// - Returns: `nil` where the engine has to.
+    private func writeAtOnce(_ vector: IOVector, _ offset: Int) -> Int? {
+        guard writesAtOnce, immediateWrites != .never, writes.mayTry else { return nil }
         let start = thread.now
-        guard let result = thread.engine.writeNow(handle, vector, offset: offset) else {
-            return false
+        var result = thread.engine.writeNow(
+            handle, vector, offset: offset, mayWait: immediateWrites == .always)
+        if immediateWrites == .unlessBlocked,
+            result == -Int(EOPNOTSUPP) || result == -Int(EINVAL)
+        {
+            immediateWrites = .always
+            result = thread.engine.writeNow(handle, vector, offset: offset, mayWait: true)
         }
-        writes.note(succeeded: thread.now &- start < Self.slowWriteNanoseconds)
-        return result == vector.count
+        writes.note(
+            succeeded: result != nil && thread.now &- start < Self.slowWriteNanoseconds)
+        return result
     }
 
     /// Writes all of `vector`. `durable`: it is on stable storage on return.
@@ -132,13 +171,9 @@ public final class File: @unchecked Sendable {
     ) async throws(BlockError) {
         var done = 0
         let goesAside = !isDirect && vector.count >= Self.asideBytesMin
-        if !isDirect, !durable, !goesAside, writes.mayTry {
-            let start = thread.now
-            if let result = thread.engine.writeNow(handle, vector, offset: offset) {
-                writes.note(succeeded: thread.now &- start < Self.slowWriteNanoseconds)
-                if result < 0 { throw failure("write", offset, result) }
-                done = result
-            }
+        if !isDirect, !durable, !goesAside, let result = writeAtOnce(vector, offset) {
+            if result < 0 { throw failure("write", offset, result) }
+            done = result
         }
         while done < vector.count {
             let rest = done == 0 ? vector : vector.slice(done, vector.count - done)

@@ -91,8 +91,13 @@ public protocol IOEngine: AnyObject {
     /// `nil`: submit the operation instead.
     func readNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int?
 
-    /// Writes at once. May wait as long as a buffered write does. `nil`: submit instead.
-    func writeNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int?
+    /// Writes at once. `nil`: submit instead.
+    ///
+    /// - Parameter mayWait: it may take as long as a buffered write does; without, a file that would have
+    ///   to wait gives `nil`, and one that cannot tell `-EOPNOTSUPP` or `-EINVAL`.
+    func writeNow(
+        _ handle: IOHandle, _ vector: IOVector, offset: Int, mayWait: Bool
+    ) -> Int?
 
     /// Receives what is there. `nil`: nothing is, or submit instead.
     func receiveNow(_ handle: IOHandle, _ vector: IOVector) -> Int?
@@ -106,7 +111,9 @@ extension IOEngine {
         submit(operation, token)
     }
     public func readNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? { nil }
-    public func writeNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? { nil }
+    public func writeNow(
+        _ handle: IOHandle, _ vector: IOVector, offset: Int, mayWait: Bool
+    ) -> Int? { nil }
     public func receiveNow(_ handle: IOHandle, _ vector: IOVector) -> Int? { nil }
     public func sendNow(_ handle: IOHandle, _ vector: IOVector) -> Int? { nil }
 }

@@ -48,6 +48,16 @@ public struct FileStatus: Sendable, Equatable {
     }
 }
 
+/// Whether a buffered write may be made on the thread that everything else of a graph runs on.
+public enum ImmediateWrites: Sendable {
+    /// No: the storage is another machine's, or not known, and may stall for as long as it likes.
+    case never
+    /// As long as it need not wait; the file is asked each time.
+    case unlessBlocked
+    /// Yes: the file cannot say whether it would wait, and its storage is this machine's own.
+    case always
+}
+
 public struct FileIdentity: Hashable, Sendable {
     public var device: UInt64
     public var inode: UInt64
@@ -66,6 +76,8 @@ public protocol IOSystem: Sendable {
     func open(_ path: String, _ options: FileOptions) throws(BlockError) -> IOHandle
     func close(_ handle: IOHandle)
     func status(of handle: IOHandle) throws(BlockError) -> FileStatus
+    /// Whether writes to the file may be made at once, to begin with.
+    func immediateWrites(of handle: IOHandle) -> ImmediateWrites
     func setSize(of handle: IOHandle, _ size: Int) throws(BlockError)
     /// The first data at or after `offset`; `nil` when there is none.
     func nextData(in handle: IOHandle, from offset: Int) throws(BlockError) -> Int?
@@ -134,6 +146,8 @@ extension IOSystem {
     ) throws(BlockError) -> Int {
         throw BlockError(.unsupported, "the system copies nothing by itself")
     }
+
+    public func immediateWrites(of handle: IOHandle) -> ImmediateWrites { .unlessBlocked }
 
     public func dropCache(of handle: IOHandle, _ range: ByteRange, written: Bool) {}
 

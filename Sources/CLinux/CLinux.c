@@ -4,6 +4,7 @@
 #if defined(__linux__)
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/magic.h>
 #include <link.h>
 #include <pthread.h>
 #include <string.h>
@@ -15,6 +16,7 @@
 #include <sys/mman.h>
 #include <sys/signalfd.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 const int linux_open_direct = O_DIRECT;
@@ -25,6 +27,29 @@ const int linux_accept_flags = SOCK_NONBLOCK | SOCK_CLOEXEC;
 
 ssize_t linux_read_cached(int fd, const struct iovec *vectors, int count, off_t offset) {
     return preadv2(fd, vectors, count, offset, RWF_NOWAIT);
+}
+
+ssize_t linux_write_cached(int fd, const struct iovec *vectors, int count, off_t offset) {
+    return pwritev2(fd, vectors, count, offset, RWF_NOWAIT);
+}
+
+int linux_is_local(int fd) {
+    struct statfs information;
+    if (fstatfs(fd, &information) != 0) return 0;
+    switch ((unsigned long)information.f_type & 0xffffffff) {
+    case EXT4_SUPER_MAGIC: // ext2 and ext3 too
+    case XFS_SUPER_MAGIC:
+    case BTRFS_SUPER_MAGIC:
+    case F2FS_SUPER_MAGIC:
+    case TMPFS_MAGIC: // block devices too: /dev is one
+    case RAMFS_MAGIC:
+    case OVERLAYFS_SUPER_MAGIC:
+    case 0x2fc12fc1: // ZFS
+    case 0xca451a4e: // bcachefs
+        return 1;
+    default:
+        return 0;
+    }
 }
 
 ssize_t linux_write_durable_at(int fd, const struct iovec *vectors, int count, off_t offset) {

@@ -81,6 +81,21 @@ enum HostCalls {
         }
     }
 
+    /// Writes what the page cache takes without waiting; `nil` when that is nothing right now, a failure
+    /// where the file cannot say.
+    static func writeCached(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? {
+        #if os(Linux)
+        return unlessBlocked(
+            withVectors(vector) { vectors, count in
+                uninterrupted {
+                    linux_write_cached(handle.rawValue, vectors, count, off_t(offset))
+                }
+            })
+        #else
+        return -Int(EOPNOTSUPP)
+        #endif
+    }
+
     static func writeDurable(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int {
         #if os(Linux)
         let durable = withVectors(vector) { vectors, count in

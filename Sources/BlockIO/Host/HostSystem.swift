@@ -70,6 +70,14 @@ struct HostSystem: IOSystem {
         #endif
     }
 
+    func immediateWrites(of handle: IOHandle) -> ImmediateWrites {
+        #if os(Linux)
+        return linux_is_local(handle.rawValue) != 0 ? .unlessBlocked : .never
+        #else
+        return .always
+        #endif
+    }
+
     func setSize(of handle: IOHandle, _ size: Int) throws(BlockError) {
         let result = HostCalls.uninterrupted { Int(ftruncate(handle.rawValue, off_t(size))) }
         guard result >= 0 else { throw .system("cannot set the size to \(size)", Int32(-result)) }

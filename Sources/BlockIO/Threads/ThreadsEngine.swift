@@ -200,8 +200,12 @@ final class ThreadsEngine: IOEngine {
         HostCalls.readCached(handle, vector, offset: offset)
     }
 
-    func writeNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? {
-        HostCalls.write(handle, vector, offset: offset)
+    func writeNow(
+        _ handle: IOHandle, _ vector: IOVector, offset: Int, mayWait: Bool
+    ) -> Int? {
+        mayWait
+            ? HostCalls.write(handle, vector, offset: offset)
+            : HostCalls.writeCached(handle, vector, offset: offset)
     }
 
     func receiveNow(_ handle: IOHandle, _ vector: IOVector) -> Int? {

@@ -324,9 +324,13 @@ final class URingEngine: IOEngine {
         return HostCalls.readCached(handle, vector, offset: offset)
     }
 
-    func writeNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? {
+    func writeNow(
+        _ handle: IOHandle, _ vector: IOVector, offset: Int, mayWait: Bool
+    ) -> Int? {
         batchCount += 1
-        return HostCalls.write(handle, vector, offset: offset)
+        return mayWait
+            ? HostCalls.write(handle, vector, offset: offset)
+            : HostCalls.writeCached(handle, vector, offset: offset)
     }
 
     func receiveNow(_ handle: IOHandle, _ vector: IOVector) -> Int? {

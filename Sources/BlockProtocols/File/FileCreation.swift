@@ -45,6 +45,7 @@ enum FileCreation {
         // An image that another process uses is not cut to nothing.
         let locks = ImageLocks(file, identity: try await file.status().identity, required: false)
         try locks.prepare(Access(uses: [.write, .resize], shares: []))
+        defer { locks.abort() }
         try await file.setSize(0)
         switch preallocation {
         case .off, .metadata:

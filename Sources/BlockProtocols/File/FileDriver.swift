@@ -118,12 +118,11 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
     static func openPath(
         _ path: String, writable: Bool, direct: Bool, _ graph: BlockGraph
     ) async throws(BlockError) -> File {
-        if let passed = try graph.descriptorSets.open(path, writable: writable) {
-            return File.adopt(
-                IOHandle(passed), as: path, isDirect: direct, on: graph.thread)
+        let options = FileOptions(writable: writable, direct: direct)
+        guard let passed = try graph.descriptorSets.find(path, writable: writable) else {
+            return try await File.open(path, options, on: graph.thread)
         }
-        return try await File.open(
-            path, FileOptions(writable: writable, direct: direct), on: graph.thread)
+        return try await PassedFile.open(passed, as: path, options, in: graph)
     }
 
     private static func check(
@@ -166,7 +165,8 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
     }
 
     public func writeNow(_ offset: Int, from vector: IOVector) -> Bool {
-        file.writeNow(vector, at: offset)
+        file.writesAtOnce = !node.isTimed
+        return file.writeNow(vector, at: offset)
     }
 
     public var supportsFUA: Bool { true }
@@ -174,7 +174,29 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
     public func write(
         _ offset: Int, from vector: IOVector, _ flags: WriteFlags
     ) async throws(BlockError) {
-        try await file.write(vector, at: offset, durable: flags.contains(.fua))
+        file.writesAtOnce = !node.isTimed
+        if offset + vector.count > fileSize, !isDevice {
+            try await writeLastUnit(offset, from: vector, flags)
+        } else {
+            try await file.write(vector, at: offset, durable: flags.contains(.fua))
+        }
+    }
+
+    /// Direct I/O moves whole units, past the end of a file whose size is no multiple of them, and so
+    /// makes the file longer: it is cut back. The write is serialising, as resizing is: they do not
+    /// meet.
+    private func writeLastUnit(
+        _ offset: Int, from vector: IOVector, _ flags: WriteFlags
+    ) async throws(BlockError) {
+        do throws(BlockError) {
+            try await file.write(vector, at: offset)
+        } catch {
+            try? await file.setSize(fileSize)
+            throw error
+        }
+        try await file.setSize(fileSize)
+        sizeChanged = true
+        if flags.contains(.fua) { try await flush() }
     }
 
     public func writeZeroes(
@@ -230,8 +252,14 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
 
     public func flush() async throws(BlockError) {
         let withSize = sizeChanged
-        try await file.synchronize(dataOnly: !withSize)
-        if withSize { sizeChanged = false }
+        // It may change again meanwhile.
+        sizeChanged = false
+        do throws(BlockError) {
+            try await file.synchronize(dataOnly: !withSize)
+        } catch {
+            sizeChanged = sizeChanged || withSize
+            throw error
+        }
     }
 
     public func blockStatus(
@@ -345,6 +373,9 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
     }
 
     public func close() async throws(BlockError) {
+        // Locks go when the last descriptor of the opening does, and a child process that is just being
+        // started may have one: who opens the file next need not wait for that.
+        locks?.release()
         // Only what was flushed is promised to last; closing adds nothing to it.
         await file.close()
     }

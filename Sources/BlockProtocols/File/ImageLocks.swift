@@ -74,9 +74,12 @@ final class ImageLocks {
     /// closed. That the system has no room for locks is all that could get in the way, and then the
     /// image is no less open.
     func move(to other: File) {
+        let old = file
         file = other
         guard isSupported else { return }
-        try? take(uses: current.uses, unshared: Permission.all.subtracting(current.shares))
+        let unshared = Permission.all.subtracting(current.shares)
+        try? take(uses: current.uses, unshared: unshared)
+        Self.drop(uses: current.uses, unshared: unshared, on: old)
     }
 
     /// Lets go of everything.
@@ -101,13 +104,17 @@ final class ImageLocks {
     }
 
     private func drop(uses: Permission, unshared: Permission) {
+        Self.drop(uses: uses, unshared: unshared, on: file)
+    }
+
+    private static func drop(uses: Permission, unshared: Permission, on file: File) {
         for (index, entry) in Permission.each.enumerated() {
             // Letting go of a lock that is held cannot fail.
             if uses.contains(entry.permission) {
-                _ = try? file.lock(ByteRange(Self.usesBase + index, 1), .none)
+                _ = try? file.lock(ByteRange(usesBase + index, 1), .none)
             }
             if unshared.contains(entry.permission) {
-                _ = try? file.lock(ByteRange(Self.unsharedBase + index, 1), .none)
+                _ = try? file.lock(ByteRange(unsharedBase + index, 1), .none)
             }
         }
     }

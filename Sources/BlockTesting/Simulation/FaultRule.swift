@@ -1,4 +1,5 @@
 import BlockCore
+import BlockIO
 
 /// The operations that faults can be put on.
 public enum SimulatedOperation: UInt8, Sendable, CaseIterable {
@@ -74,6 +75,8 @@ public struct SimulationOptions: Sendable {
     public var shortPerMille = 50
     /// In 1000 operations that may be done at once (from the page cache, as it were), how many are.
     public var immediatePerMille = 300
+    /// Whether writes may be made at once at all.
+    public var immediateWrites = ImmediateWrites.unlessBlocked
     /// In 1000 reads and writes of more than a sector, how many happen in two steps, with a time in
     /// between in which others run.
     public var splitPerMille = 250

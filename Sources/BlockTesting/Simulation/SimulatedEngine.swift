@@ -240,7 +240,9 @@ final class SimulatedEngine: IOEngine {
         atOnce(.read(handle, vector, offset: offset))
     }
 
-    func writeNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? {
+    func writeNow(
+        _ handle: IOHandle, _ vector: IOVector, offset: Int, mayWait: Bool
+    ) -> Int? {
         atOnce(.write(handle, vector, offset: offset, durable: false))
     }
 

@@ -22,6 +22,10 @@ final class SimulatedSystem: IOSystem, @unchecked Sendable {
         self.network = network
     }
 
+    func immediateWrites(of handle: IOHandle) -> ImmediateWrites {
+        simulation.options.immediateWrites
+    }
+
     private var disk: SimulatedDisk { simulation.disk }
 
     private func file(

@@ -11,6 +11,8 @@ extern const int linux_write_durable;     // RWF_DSYNC
 
 // Each returns what the call of the same name returns, and sets errno.
 ssize_t linux_read_cached(int fd, const struct iovec *vectors, int count, off_t offset);  // preadv2, RWF_NOWAIT
+ssize_t linux_write_cached(int fd, const struct iovec *vectors, int count, off_t offset); // pwritev2, RWF_NOWAIT
+int linux_is_local(int fd);               // fstatfs: whether it is a file system on this machine's own storage
 ssize_t linux_write_durable_at(int fd, const struct iovec *vectors, int count, off_t offset);  // pwritev2, RWF_DSYNC
 int linux_fallocate(int fd, int mode, off_t offset, off_t count);
 ssize_t linux_copy_range(int from, off_t offset, int to, off_t target, size_t count); // copy_file_range

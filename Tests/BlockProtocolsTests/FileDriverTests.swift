@@ -1,0 +1,139 @@
+import BlockCore
+import BlockGraph
+import BlockIO
+import BlockTesting
+import QMP
+import Testing
+
+@testable import BlockProtocols
+
+#if canImport(Glibc)
+import Glibc
+#endif
+
+/// The `file` driver on files of its own.
+@Suite struct FileDriverTests {
+    static func withGraph<T: Sendable>(
+        _ body: @escaping @Sendable (BlockGraph, _ folder: String) async throws(BlockError) -> T
+    ) async throws -> T {
+        let folder = "/tmp/merino-file-\(getpid())-\(UInt64.random(in: 0 ... .max))"
+        try #require(mkdir(folder, 0o700) == 0)
+        defer {
+            unlink("\(folder)/disk")
+            rmdir(folder)
+        }
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        return try await thread.run { () async throws(BlockError) -> T in
+            let file = try await File.open(
+                "\(folder)/disk", FileOptions(writable: true, create: true), on: thread)
+            try await file.setSize(1 << 20)
+            await file.close()
+            let graph = BlockGraph(on: thread, registry: DriverRegistry(BlockProtocols.drivers))
+            let result: T
+            do throws(BlockError) {
+                result = try await body(graph, folder)
+            } catch {
+                try? await graph.closeAll()
+                throw error
+            }
+            try await graph.closeAll()
+            return result
+        }
+    }
+
+    static func open(
+        _ graph: BlockGraph, _ name: String, _ path: String, _ more: JSONObject = [:]
+    ) async throws(BlockError) -> BlockNode {
+        var options: JSONObject = [
+            "driver": "file", "node-name": .string(name), "filename": .string(path),
+        ]
+        for (key, value) in more.members { options[key] = value }
+        return try await graph.open(.object(options), monitorOwned: true)
+    }
+
+    /// The node's one user, who lets nobody else write.
+    static func write(_ node: BlockNode) throws(BlockError) -> Edge {
+        try node.graph.attach(
+            NamedUser("test"), to: node,
+            Access(uses: [.consistentRead, .write], shares: .consistentRead))
+    }
+
+    @Test func locksGoWithTheNodeAlthoughAChildProcessHasItsDescriptors() async throws {
+        try await Self.withGraph { graph, folder throws(BlockError) in
+            let path = "\(folder)/disk"
+            let node = try await Self.open(graph, "a", path)
+            let edge = try Self.write(node)
+            // As in a process that was forked and has not begun its own program yet.
+            let copies = Self.descriptors(of: path).map { dup($0) }
+            defer { for copy in copies { close(copy) } }
+            #expect(copies.count == 1)
+            try await graph.detach(edge)
+            try await graph.remove(node)
+            let again = try Self.write(try await Self.open(graph, "b", path))
+            try await graph.detach(again)
+        }
+    }
+
+    static func descriptors(of path: String) -> [Int32] {
+        var wanted = stat()
+        stat(path, &wanted)
+        return (3..<1024).filter { descriptor in
+            var found = stat()
+            return fstat(descriptor, &found) == 0 && found.st_ino == wanted.st_ino
+                && found.st_dev == wanted.st_dev
+        }
+    }
+
+    // MARK: The end of a file and direct I/O
+
+    /// Changes the end of a file of 1536 bytes, past the page cache.
+    private static func changed(
+        _ change: @escaping @Sendable (Edge) async throws(BlockError) -> Void
+    ) async throws -> (size: Int?, bytes: [UInt8]) {
+        let simulation = Simulation(seed: 3)
+        simulation.disk.addFile("/disk", bytes: [UInt8](repeating: 1, count: 1536))
+        try await simulation.run { thread throws(BlockError) in
+            let graph = BlockGraph(on: thread, registry: DriverRegistry(BlockProtocols.drivers))
+            let node = try await Self.open(graph, "a", "/disk", ["cache": ["direct": true]])
+            #expect(node.limits.requestAlignment > 1536)
+            let edge = try Self.write(node)
+            try await change(edge)
+            #expect(edge.size == 1536)
+            try await edge.flush()
+            try await graph.detach(edge)
+            try await graph.closeAll()
+        }
+        var random = SeededRandom(seed: 1)
+        simulation.disk.crash(.everything, using: &random)
+        return (simulation.disk.size(of: "/disk"), simulation.disk.bytes(of: "/disk") ?? [])
+    }
+
+    @Test func directWritesToTheEndOfAFileDoNotMakeItLonger() async throws {
+        let (size, bytes) = try await Self.changed { edge throws(BlockError) in
+            let data = try IOVector(allocating: 512)
+            data.fill(2)
+            try await edge.write(1024, from: data)
+        }
+        #expect(size == 1536)
+        #expect(bytes == [UInt8](repeating: 1, count: 1024) + [UInt8](repeating: 2, count: 512))
+    }
+
+    @Test func directDurableWritesToTheEndOfAFileDoNotMakeItLonger() async throws {
+        let (size, bytes) = try await Self.changed { edge throws(BlockError) in
+            let data = try IOVector(allocating: 1)
+            data.fill(2)
+            try await edge.write(1535, from: data, .fua)
+        }
+        #expect(size == 1536)
+        #expect(bytes == [UInt8](repeating: 1, count: 1535) + [2])
+    }
+
+    @Test func directZeroesAtTheEndOfAFileDoNotMakeItLonger() async throws {
+        let (size, bytes) = try await Self.changed { edge throws(BlockError) in
+            try await edge.writeZeroes(ByteRange(600, 936))
+        }
+        #expect(size == 1536)
+        #expect(bytes == [UInt8](repeating: 1, count: 600) + [UInt8](repeating: 0, count: 936))
+    }
+}
