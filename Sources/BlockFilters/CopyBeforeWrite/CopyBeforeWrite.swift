@@ -32,6 +32,8 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     /// Clusters are at least this large, as in QEMU: smaller ones cost more in copies than in space.
     static let clusterSizeMin = 64 << 10
     static let clusterSizeMax = 1 << 30
+    /// Bytes that a copy holds in memory, however large the clusters are.
+    static let pieceMax = 1 << 20
 
     private unowned let node: BlockNode
     public let child: Edge
@@ -140,6 +142,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         result.commit = {
             self.onError = onError
             self.timeoutNanoseconds = timeout
+            self.target.node.timeLimitChanged()
         }
         return result
     }
@@ -182,6 +185,10 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         }
         // The target: others may write to it (discards through a format above), none may resize it.
         return Access(uses: [.consistentRead, .write], shares: .all.subtracting(.resize))
+    }
+
+    public func limitsTime(of edge: Edge) -> Bool {
+        edge === target && timeoutNanoseconds > 0
     }
 
     public func applyAccess(_ access: Access) {
@@ -246,16 +253,27 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
 
     public func flush() async throws(BlockError) {
         // What the snapshot has is only as durable as the process: the target is flushed with the
-        // disk, so that a user who keeps it finds all of it.
-        if breakage == nil {
-            do throws(BlockError) {
-                try await withDeadline { () throws(BlockError) in try await self.target.flush() }
-            } catch {
-                if onError == .breakGuestWrite { throw error }
-                breakSnapshot(error)
-            }
-        }
+        // disk, so that a user who keeps it finds all of it. What the guest wrote is safe or not
+        // whatever becomes of that.
+        if breakage == nil { await flushTarget() }
         try await child.flush()
+    }
+
+    /// A failed flush may have lost copies that were made before: no failed guest request brings them
+    /// back, so that the snapshot is broken whatever the policy. One that is late has lost nothing
+    /// yet, and goes on by itself.
+    private func flushTarget() async {
+        do throws(BlockError) {
+            try await withDeadline { () throws(BlockError) in
+                do throws(BlockError) {
+                    try await self.target.flush()
+                } catch {
+                    self.breakSnapshot(error)
+                }
+            }
+        } catch {
+            if onError == .breakSnapshot { breakSnapshot(error) }
+        }
     }
 
     // MARK: Copying
@@ -290,8 +308,12 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         guard breakage == nil else { return }
         breakage = BlockError(
             .permissionDenied, "the snapshot is broken: \(error.message)",
-            remedy: "make a new snapshot; on-cbw-error=break-guest-write keeps snapshots and fails "
-                + "guest writes instead", node: node.name)
+            remedy: "make a new snapshot"
+                + (onError == .breakGuestWrite
+                    ? ""
+                    : "; on-cbw-error=break-guest-write fails guest writes where a copy fails, and "
+                        + "keeps the snapshot"),
+            node: node.name)
         // Nothing is to be copied any more.
         waiting.clear(0..<waiting.count)
         // Nor does anybody wait for a copy that may never end.
@@ -343,8 +365,8 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
             let run =
                 first..<(waiting.firstClear(in: first..<clusters.upperBound)
                 ?? clusters.upperBound)
-            // Bounded memory, whatever the guest writes at once.
-            let part = first..<min(run.upperBound, first + max(1, (1 << 20) / clusterSize))
+            // No more at once than is copied in one piece: others get their turn.
+            let part = first..<min(run.upperBound, first + max(1, Self.pieceMax / clusterSize))
             if locks.conflicts(part, exclusively: false) {
                 // Somebody copies a part of it already; look again when that is over.
                 await locks.untilChange()
@@ -365,14 +387,23 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     private func copyRun(_ clusters: Range<Int>) async throws(BlockError) {
         let range = bytes(of: clusters)
         TracePoint.cbwCopy("node \(node.name) offset \(range.offset) bytes \(range.count)")
-        let memory = try IOVector(allocating: range.count)
-        try await child.read(range.offset, into: memory)
-        if memory.isZero {
-            try await target.writeZeroes(range, .mayUnmap)
-        } else {
-            try await target.write(range.offset, from: memory)
+        let memory = try IOVector(allocating: min(range.count, Self.pieceMax))
+        var offset = range.offset
+        while offset < range.end, breakage == nil {
+            let piece = ByteRange(offset, min(range.end - offset, Self.pieceMax))
+            try await copyPiece(piece, through: memory.slice(0, piece.count))
+            offset = piece.end
         }
-        copiedBytes += range.count
+    }
+
+    private func copyPiece(_ piece: ByteRange, through memory: IOVector) async throws(BlockError) {
+        try await child.read(piece.offset, into: memory)
+        if memory.isZero {
+            try await target.writeZeroes(piece, .mayUnmap)
+        } else {
+            try await target.write(piece.offset, from: memory)
+        }
+        copiedBytes += piece.count
     }
 
     /// The bytes of clusters; the last one may be short.
