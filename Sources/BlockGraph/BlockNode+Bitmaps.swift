@@ -90,17 +90,28 @@ extension BlockNode {
         if awaitsFirstChange { try await driver.bitmapStore?.beginChanges() }
     }
 
-    /// Comes before a bitmap is changed by others than the node's requests.
-    private func willChange(_ bitmap: DirtyBitmap) async throws(BlockError) {
+    /// Comes before a bitmap of the node is changed by others than the node's requests.
+    ///
+    /// - Throws: what speaks against the change: before the image is told of it, and once it has been,
+    ///   for the bitmap may be another's to change by then, or gone.
+    private func willChange(
+        _ bitmap: DirtyBitmap, unless obstacles: DirtyBitmap.Obstacles = .all
+    ) async throws(BlockError) {
+        try bitmap.check(obstacles)
         // What is stored of a node that is read-only stays as it is.
-        if bitmap.isPersistent, !isReadOnly { try await willChange() }
+        guard bitmap.isPersistent, !isReadOnly, awaitsFirstChange else { return }
+        try await willChange()
+        guard dirtyBitmaps.contains(where: { $0 === bitmap }) else {
+            throw BlockError(
+                .notFound, "the dirty bitmap '\(bitmap.name)' was removed meanwhile", node: name)
+        }
+        try bitmap.check(obstacles)
     }
 
     /// Clears a bitmap.
     ///
     /// - Throws: what speaks against it: see ``DirtyBitmap/check(_:)``.
     public func clearDirtyBitmap(_ bitmap: DirtyBitmap) async throws(BlockError) {
-        try bitmap.check()
         try await willChange(bitmap)
         bitmap.clear()
     }
@@ -111,8 +122,7 @@ extension BlockNode {
     public func setDirtyBitmap(
         _ bitmap: DirtyBitmap, enabled: Bool
     ) async throws(BlockError) {
-        try bitmap.check([.busy, .inconsistent])
-        try await willChange(bitmap)
+        try await willChange(bitmap, unless: [.busy, .inconsistent])
         bitmap.isEnabled = enabled
     }
 
@@ -122,9 +132,9 @@ extension BlockNode {
     public func mergeDirtyBitmaps(
         _ sources: [DirtyBitmap], into target: DirtyBitmap
     ) async throws(BlockError) {
-        try target.check()
         for source in sources { try source.check([.busy, .inconsistent]) }
         try await willChange(target)
+        for source in sources { try source.check([.busy, .inconsistent]) }
         let before = target.contents
         do throws(BlockError) {
             for source in sources { try target.merge(source) }

@@ -404,4 +404,41 @@ import Testing
             try Self.shell(["qemu-io", "-r", "-f", "raw", "-c", "read -P 205 8192 4096", uri])
         }
     }
+
+    /// Two images with a bitmap each, the first of which cannot be written any more.
+    @Test func removalsOfATransactionAreFinishedAlthoughOneFails() async throws {
+        try await MonitoredDaemon.with { daemon in
+            let client = try daemon.client()
+            func file(_ name: String) -> JSONValue {
+                ["driver": "file", "filename": .string("\(daemon.folder)/\(name)")]
+            }
+            for name in ["one", "two"] {
+                try Self.shell([
+                    "qemu-img", "create", "-qf", "qcow2", "\(daemon.folder)/\(name)", "1M",
+                ])
+                try Self.shell(["qemu-img", "bitmap", "--add", "\(daemon.folder)/\(name)", "b"])
+            }
+            let broken: JSONValue = [
+                "driver": "blkdebug", "image": file("one"),
+                "inject-error": [["event": "none", "iotype": "write", "errno": 5]],
+            ]
+            for (name, below) in [("one", broken), ("r", file("two"))] {
+                try client.execute(
+                    "blockdev-add",
+                    ["driver": "qcow2", "node-name": .string(name), "file": below])
+            }
+            let actions: [JSONValue] = ["one", "r"].map { node in
+                [
+                    "type": "block-dirty-bitmap-remove",
+                    "data": ["node": .string(node), "name": "b"],
+                ]
+            }
+            let reason = try client.refusal("transaction", ["actions": .array(actions)])
+            #expect(reason.contains("injected"), "\(reason)")
+            try client.execute("blockdev-del", ["node-name": "r"])
+            try client.execute(
+                "blockdev-add", ["driver": "qcow2", "node-name": "r", "file": file("two")])
+            #expect(try Self.bitmaps(client) == "none")
+        }
+    }
 }

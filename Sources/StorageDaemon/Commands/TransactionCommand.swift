@@ -55,7 +55,12 @@ extension StorageDaemon {
             for step in cleanUp { try? await step() }
             throw error
         }
-        for action in done { try await action.finish() }
+        // The actions have taken effect: each is finished, whatever becomes of the others.
+        var failure: BlockError?
+        for action in done {
+            do throws(BlockError) { try await action.finish() } catch { failure = failure ?? error }
+        }
+        if let failure { throw failure }
         return [:]
     }
 
