@@ -7,9 +7,9 @@ public final class GraphSecret: GraphObject {
     /// The longest that is read from a file or from options.
     public static let bytesMax = 2 << 20
 
-    public let bytes: [UInt8]
+    public let bytes: SecretBytes
 
-    public init(_ bytes: [UInt8]) {
+    public init(_ bytes: SecretBytes) {
         self.bytes = bytes
     }
 
@@ -31,7 +31,7 @@ public final class GraphSecret: GraphObject {
                 .unsupported, "\(options.subject): encrypted secrets are not supported",
                 remedy: "protect the file by its permissions")
         }
-        let bytes: [UInt8]
+        var bytes: [UInt8]
         switch (data, file) {
         case (let data?, nil): bytes = Array(data.utf8)
         case (nil, let file?):
@@ -43,12 +43,13 @@ public final class GraphSecret: GraphObject {
                 .invalidArgument, "\(options.subject): give either 'data' or 'file'")
         }
         switch format {
-        case "raw": return GraphSecret(bytes)
+        case "raw": return GraphSecret(SecretBytes(taking: &bytes))
         case "base64":
-            guard let decoded = Base64.decode(bytes) else {
+            let text = SecretBytes(taking: &bytes)
+            guard var decoded = Base64.decode(text.array) else {
                 throw BlockError(.invalidArgument, "\(options.subject): it is not valid base64")
             }
-            return GraphSecret(decoded)
+            return GraphSecret(SecretBytes(taking: &decoded))
         default:
             throw BlockError(
                 .invalidArgument, "\(options.subject): 'format' does not accept '\(format)'",
@@ -61,7 +62,7 @@ extension BlockGraph {
     /// The bytes of the secret that an option names.
     ///
     /// - Throws: `notFound`.
-    public func secret(named name: String) throws(BlockError) -> [UInt8] {
+    public func secret(named name: String) throws(BlockError) -> SecretBytes {
         guard let secret = objects[name] as? GraphSecret else {
             throw BlockError(
                 .notFound, "there is no secret '\(name)'",

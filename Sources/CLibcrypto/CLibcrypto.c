@@ -29,7 +29,6 @@
     FUNCTION(EVP_Digest) \
     FUNCTION(EVP_MD_fetch) \
     FUNCTION(EVP_MD_free) \
-    FUNCTION(OPENSSL_cleanse) \
     FUNCTION(PKCS5_PBKDF2_HMAC)
 
 #define FUNCTION(name) static __typeof__(&name) real_##name;
@@ -118,8 +117,4 @@ int merino_pbkdf2(
         (int)size, output);
     real_EVP_MD_free(algorithm);
     return done ? 0 : -1;
-}
-
-void merino_crypto_wipe(void *memory, size_t size) {
-    real_OPENSSL_cleanse(memory, size);
 }

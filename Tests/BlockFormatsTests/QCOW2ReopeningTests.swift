@@ -87,7 +87,7 @@ import Testing
                 on: thread,
                 registry: DriverRegistry(BlockProtocols.drivers + BlockFormats.drivers))
             for (name, text) in QCOW2TestFolder.secrets {
-                try graph.addObject(GraphSecret(Array(text.utf8)), as: name)
+                try graph.addObject(GraphSecret(SecretBytes(Array(text.utf8))), as: name)
             }
             let image = Image(graph: graph, path: folder["a.qcow2"])
             do throws(BlockError) {

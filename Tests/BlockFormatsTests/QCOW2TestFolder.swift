@@ -124,7 +124,7 @@ final class QCOW2TestFolder: Sendable {
 
     static func addSecrets(to graph: BlockGraph) throws(BlockError) {
         for (name, text) in secrets {
-            try graph.addObject(GraphSecret(Array(text.utf8)), as: name)
+            try graph.addObject(GraphSecret(SecretBytes(Array(text.utf8))), as: name)
         }
     }
 

@@ -23,7 +23,7 @@ import Testing
     }
 
     private func bytes(_ object: DaemonObject?) -> [UInt8]? {
-        if case .secret(let bytes)? = object { return bytes }
+        if case .secret(let secret)? = object { return secret.array }
         return nil
     }
 
@@ -222,6 +222,23 @@ import Testing
     }
 
     // MARK: The object model
+
+    @Test func theTextOfASecretIsNotShown() async throws {
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        let all = try await thread.run { () async throws(BlockError) -> [JSONValue] in
+            let daemon = StorageDaemon(on: thread)
+            _ = try await daemon.objectAdd(
+                ["qom-type": "secret", "id": "s", "data": "TopSecretPassword"])
+            return [
+                try await daemon.qomGet(["path": "/objects/s", "property": "data"]),
+                try await daemon.qomListGet(["paths": ["/objects/s"]]),
+                .array(daemon.objectProperties.values.map { .object($0.values) }),
+            ]
+        }
+        #expect(all[0] == .null)
+        for value in all { #expect(!value.text().contains("TopSecret"), "\(value.text())") }
+    }
 
     @Test func objectsAreATreeThatCanBeLookedAt() async throws {
         try await MonitoredDaemon.with { daemon in

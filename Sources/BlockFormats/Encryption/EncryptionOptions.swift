@@ -20,7 +20,7 @@ enum EncryptionOptions {
         guard bytes.count <= LUKS.Limit.passphraseBytesMax else {
             throw BlockError(.exhausted, "the secret '\(name)' is too long for a passphrase")
         }
-        return SecretBytes(bytes)
+        return bytes
     }
 
     private enum GeneratorName: String, CaseIterable { case plain, plain64, essiv }

@@ -36,6 +36,3 @@ int merino_digest(const char *name, const uint8_t *input, size_t size, uint8_t *
 int merino_pbkdf2(
     const char *digest, const uint8_t *password, size_t password_size, const uint8_t *salt,
     size_t salt_size, uint32_t iterations, uint8_t *output, size_t size);
-
-/// Overwrites memory in a way that no compiler leaves out.
-void merino_crypto_wipe(void *memory, size_t size);

@@ -20,7 +20,7 @@ enum DaemonObject {
         case throttleGroup = "throttle-group"
     }
 
-    case secret([UInt8])
+    case secret(SecretBytes)
     case credentials(TLSCredentials)
     /// Says who may come in.
     case authorization(@Sendable (String) -> Bool)
@@ -109,17 +109,19 @@ extension StorageDaemon {
     // MARK: Secrets
 
     /// Options of nodes name it from now on.
-    private func offer(_ bytes: [UInt8], _ reader: OptionReader) throws(BlockError) -> [UInt8] {
+    private func offer(
+        _ bytes: SecretBytes, _ reader: OptionReader
+    ) throws(BlockError) -> SecretBytes {
         try graph.addObject(GraphSecret(bytes), as: try reader.required("id"))
         return bytes
     }
 
-    private func secret(_ reader: OptionReader) async throws(BlockError) -> [UInt8] {
+    private func secret(_ reader: OptionReader) async throws(BlockError) -> SecretBytes {
         let data = try reader.string("data")
         let file = try reader.string("file")
         let secret = try Secret(reader, lookup: requireSecret)
         try reader.finish()
-        let bytes: [UInt8]
+        var bytes: [UInt8]
         switch (data, file) {
         case (let data?, nil): bytes = Array(data.utf8)
         case (nil, let file?):
@@ -130,19 +132,20 @@ extension StorageDaemon {
             throw BlockError(
                 .invalidArgument, "\(reader.subject): give either 'data' or 'file'")
         }
-        return try secret.unwrap(bytes, of: reader.subject)
+        return try secret.unwrap(&bytes, of: reader.subject)
     }
 
-    private func keyringSecret(_ reader: OptionReader) async throws(BlockError) -> [UInt8] {
+    private func keyringSecret(_ reader: OptionReader) async throws(BlockError) -> SecretBytes {
         guard let serial = try reader.int("serial") else {
             throw BlockError(.invalidArgument, "\(reader.subject): 'serial' is missing")
         }
         let secret = try Secret(reader, lookup: requireSecret)
         try reader.finish()
-        return try secret.unwrap(try Secret.readKeyring(serial), of: reader.subject)
+        var bytes = try Secret.readKeyring(serial)
+        return try secret.unwrap(&bytes, of: reader.subject)
     }
 
-    private func requireSecret(_ identifier: String) throws(BlockError) -> [UInt8] {
+    private func requireSecret(_ identifier: String) throws(BlockError) -> SecretBytes {
         guard case .secret(let bytes)? = objects[identifier] else {
             throw BlockError(
                 .notFound, "there is no secret '\(identifier)'", remedy: "object-add makes one")
@@ -161,7 +164,7 @@ extension StorageDaemon {
         _ = try reader.bool("sanity-check")
         var password: String?
         if let identifier = try reader.string("passwordid") {
-            password = String(validating: try requireSecret(identifier), as: UTF8.self)
+            password = String(validating: try requireSecret(identifier).array, as: UTF8.self)
         }
         try reader.finish()
         let keyPassword = password
@@ -200,10 +203,17 @@ extension StorageDaemon {
 
     /// Makes an object from text as `--object` gives it.
     public func addObject(_ text: String) async throws(BlockError) {
+        // Its text stays out of messages: a secret may be in it.
+        var name = "--object"
         do throws(BlockError) {
-            _ = try await objectAdd(try KeyValue.parse(text, impliedKey: "qom-type"))
+            let options = try KeyValue.parse(text, impliedKey: "qom-type")
+            if case .string(let type)? = options["qom-type"], case .string(let id)? = options["id"]
+            {
+                name += " \(type),id=\(id)"
+            }
+            _ = try await objectAdd(options)
         } catch {
-            throw BlockError(error.code, "--object \(text): \(error.description)")
+            throw BlockError(error.code, "\(name): \(error.description)")
         }
     }
 

@@ -8,11 +8,16 @@ struct ObjectProperties: Sendable {
         let type: String
         /// What holds when it was not given; null where nothing does.
         let standard: JSONValue
+        /// Given once, and shown to nobody: it is not kept among the values.
+        let isSecret: Bool
 
-        init(_ name: String, _ type: String, _ standard: JSONValue = .null) {
+        init(
+            _ name: String, _ type: String, _ standard: JSONValue = .null, isSecret: Bool = false
+        ) {
             self.name = name
             self.type = type
             self.standard = standard
+            self.isSecret = isSecret
         }
     }
 
@@ -22,7 +27,7 @@ struct ObjectProperties: Sendable {
     init(_ kind: DaemonObject.Kind, _ arguments: JSONValue) {
         self.kind = kind
         values = [:]
-        for property in kind.properties {
+        for property in kind.properties where !property.isSecret {
             values[property.name] = arguments[property.name] ?? property.standard
         }
     }
@@ -58,7 +63,9 @@ extension DaemonObject.Kind {
         ]
         switch self {
         case .secret:
-            return [Property("data", "string", ""), Property("file", "string", "")] + wrapping
+            return [
+                Property("data", "string", isSecret: true), Property("file", "string", ""),
+            ] + wrapping
         case .keyringSecret: return [Property("serial", "int32", 0)] + wrapping
         case .certificates:
             return credentials + [

@@ -17,14 +17,14 @@ struct Secret: Sendable {
     enum Format: String, Sendable, CaseIterable { case raw, base64 }
 
     private let format: Format
-    private let key: [UInt8]?
+    private let key: SecretBytes?
     private let vector: [UInt8]?
 
     /// Reads the options that say how the secret is kept.
     ///
     /// - Parameter lookup: the bytes of another secret.
     init(
-        _ reader: OptionReader, lookup: (String) throws(BlockError) -> [UInt8]
+        _ reader: OptionReader, lookup: (String) throws(BlockError) -> SecretBytes
     ) throws(BlockError) {
         format = try reader.enumeration("format", as: Format.self) ?? .raw
         let keyIdentifier = try reader.string("keyid")
@@ -50,18 +50,19 @@ struct Secret: Sendable {
         key = try lookup(keyIdentifier)
     }
 
-    /// The secret, from its text.
-    func unwrap(_ text: [UInt8], of subject: String) throws(BlockError) -> [UInt8] {
-        var bytes = text
+    /// The secret, from its text, which is taken over.
+    func unwrap(_ text: inout [UInt8], of subject: String) throws(BlockError) -> SecretBytes {
         if format == .base64 {
             guard let decoded = Base64.decode(text) else {
                 throw BlockError(.invalidArgument, "\(subject): it is not valid base64")
             }
-            bytes = decoded
+            _ = SecretBytes(taking: &text)
+            text = decoded
         }
-        guard let key, let vector else { return bytes }
+        guard let key, let vector else { return SecretBytes(taking: &text) }
         do throws(BlockError) {
-            return try AES256CBC.decrypt(bytes, key: key, vector: vector)
+            var bytes = try AES256CBC.decrypt(text, key: key.array, vector: vector)
+            return SecretBytes(taking: &bytes)
         } catch {
             throw BlockError(error.code, "\(subject): \(error.message)", remedy: error.remedy)
         }
