@@ -26,6 +26,8 @@ public enum Limits {
     public static let bitmapCountMax = 65_535
     /// Bits of one bitmap: 512 MiB of memory; 64 TiB in units of 16 KiB.
     public static let bitmapBitCountMax = 1 << 32
+    /// Jobs at a time, those that have concluded and were not dismissed among them.
+    public static let jobCountMax = 1_024
     /// What the buffer pool keeps for reuse.
     public static let bufferPoolBytesMax = 8 << 20
     /// The same while an image is copied or compared: all that the requests in flight need.

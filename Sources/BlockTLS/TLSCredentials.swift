@@ -45,6 +45,13 @@ public final class TLSCredentials: @unchecked Sendable {
         self.priority = priority
     }
 
+    /// Whether the peer's certificate has to be for the name that was connected to: whoever uses them
+    /// has to know that name.
+    public var checksName: Bool {
+        if case .certificate = kind { return verifiesPeer && endpoint == .client }
+        return false
+    }
+
     deinit {
         switch kind {
         case .certificate(let credentials, let parameters):

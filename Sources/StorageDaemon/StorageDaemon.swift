@@ -88,6 +88,8 @@ public final class StorageDaemon: @unchecked Sendable {
             } catch { failure = failure ?? error }
             emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)])
         }
+        // What a job works on is its own until it ends; then its failure is its own too.
+        for job in jobs { await job.task?.value }
         do throws(BlockError) { try await graph.closeAll() } catch { failure = failure ?? error }
         if let failure { throw failure }
     }

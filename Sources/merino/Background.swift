@@ -8,8 +8,7 @@ import Musl
 import Darwin
 #endif
 
-/// Going to the background once everything is ready (`--fork`), and the file with the process's
-/// number.
+/// Going to the background once everything is ready (`--fork`).
 ///
 /// A Swift process has threads from early on, so that it cannot fork: it starts itself again instead,
 /// in a session of its own, and waits for word over a pipe.
@@ -73,20 +72,5 @@ enum Background {
         _ = write(readyDescriptor, &byte, 1)
         close(readyDescriptor)
         unsetenv(variable)
-    }
-
-    /// Writes the process's number and a line feed.
-    static func writeNumber(to path: String) throws(BlockError) {
-        let file = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0o644)
-        guard file >= 0 else { throw .system("cannot write '\(path)'", errno) }
-        defer { close(file) }
-        var text = Array("\(getpid())\n".utf8)
-        guard write(file, &text, text.count) == text.count else {
-            throw .system("cannot write '\(path)'", errno)
-        }
-    }
-
-    static func removeNumber(at path: String) {
-        unlink(path)
     }
 }

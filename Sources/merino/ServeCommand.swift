@@ -117,6 +117,14 @@ struct ServeCommand: ParsableCommand {
             if mode.list { return try listExports() }
             // A device stays when the command returns.
             if forks || (mode.connect != nil && !verbose), !Background.isChild {
+                guard !ServiceManager.hasDescriptors else {
+                    throw BlockError(
+                        .invalidArgument,
+                        "inherited sockets (LISTEN_FDS) are meant for this process alone: it cannot "
+                            + "serve them from the background",
+                        remedy: "leave out --fork: a service manager runs what it starts in the "
+                            + "background")
+                }
                 try Background.start()
             }
             try serve()
@@ -151,8 +159,13 @@ struct ServeCommand: ParsableCommand {
             let credentials = try command.tlsCredentials.map { name throws(BlockError) in
                 try objects.tlsCredentials(name, for: .client)
             }
-            // A certificate is for the name that was connected to.
-            let hostname = command.mode.tlsHostname ?? command.bind
+            let hostname = command.mode.tlsHostname ?? command.connectedHost
+            guard hostname != nil || credentials?.checksName != true else {
+                throw BlockError(
+                    .invalidArgument,
+                    "a Unix socket has no host name that the server's certificate could be checked for",
+                    remedy: "give the name in the certificate with --tls-hostname")
+            }
             return try await NBDRemoteServer.exports(
                 at: try command.address(connecting: true), credentials, hostname: hostname,
                 on: session.thread)
@@ -186,6 +199,9 @@ struct ServeCommand: ParsableCommand {
                 .invalidArgument, "-k, -p and -b are of no use with inherited sockets",
                 remedy: "leave them out, or unset LISTEN_FDS")
         }
+        // Locked first, so that a second server ends before it touches anything.
+        let pidFile = try self.pidFile.map { path throws(BlockError) in try PIDFile(path) }
+        defer { pidFile?.remove() }
         SignalSource.block([SIGINT, SIGTERM, SIGHUP])
         try ToolSession.run { session throws(BlockError) in
             let options = try await serverOptions(on: session.thread)
@@ -203,7 +219,7 @@ struct ServeCommand: ParsableCommand {
             }
             try server.add(export)
             if mode.connect == nil { try listen(server, inherited) }
-            try await serveUntilDone(server, on: session.thread)
+            try await serveUntilDone(server, pidFile, on: session.thread)
         }
     }
 
@@ -218,19 +234,18 @@ struct ServeCommand: ParsableCommand {
     }
 
     private func serveUntilDone(
-        _ server: NBDServer, on thread: IOThread
+        _ server: NBDServer, _ pidFile: PIDFile?, on thread: IOThread
     ) async throws(BlockError) {
         let signals = try SignalSource([SIGINT, SIGTERM, SIGHUP], on: thread)
         if !persistent || mode.connect != nil { server.lastClientLeft = { signals.cancel() } }
         let device = try await connectDevice(to: server)
-        if let pidFile { try Background.writeNumber(to: pidFile) }
+        try pidFile?.write()
         if printURI { StandardOutput.print(try uri() + "\n") }
         Background.ready()
         ServiceManager.notify("READY=1\nMAINPID=\(getpid())")
         CodePages.release(after: 1, on: thread)
         _ = await signals.next()
         ServiceManager.notify("STOPPING=1")
-        if let pidFile { Background.removeNumber(at: pidFile) }
         await device?.detach()
         try await server.stop()
     }
@@ -258,9 +273,14 @@ struct ServeCommand: ParsableCommand {
         return device
     }
 
+    /// Where `--list` asks; a certificate is for the name that was connected to.
+    private var connectedHost: String? {
+        socket == nil ? bind ?? "localhost" : nil
+    }
+
     private func address(connecting: Bool = false) throws(BlockError) -> SocketAddress {
         if let socket { return .unix(path: socket) }
-        let host = bind ?? (connecting ? "localhost" : "0.0.0.0")
+        let host = (connecting ? connectedHost : bind) ?? "0.0.0.0"
         guard
             let first = try SocketAddress.resolve(
                 host: host, port: port ?? 10809, passive: !connecting

@@ -123,6 +123,49 @@ import Testing
         #expect(result.status == 0, "\(result.errors)")
     }
 
+    @Test func inheritedSocketsAreNotServedFromTheBackground() throws {
+        let place = try withImage()
+        let script = """
+            import os, socket, sys
+            s = socket.socket(socket.AF_UNIX)
+            s.bind("s")
+            s.listen()
+            os.dup2(s.fileno(), 3)
+            os.set_inheritable(3, True)
+            os.environ["LISTEN_PID"] = str(os.getpid())
+            os.environ["LISTEN_FDS"] = "1"
+            os.execv(sys.argv[1], ["merino", "serve", "--fork", "-f", "raw", "a.raw"])
+            """
+        let result = try place.tool("python3", "-c", script, Workplace.merino)
+        #expect(result.status == 1)
+        #expect(result.errors.contains("LISTEN_FDS"), "\(result.errors)")
+    }
+
+    @Test func aSecondServerLeavesTheFirstOnesPidFileAlone() throws {
+        let place = try withImage()
+        try serving(place, "-r", "-k", "s", "-f", "raw", "a.raw") {
+            let path = "\(place.folder)/pid"
+            let before = try String(contentsOfFile: path, encoding: .utf8)
+            let second = try place.merino(
+                "serve", "--pid-file", "pid", "-r", "-k", "s2", "-f", "raw", "a.raw")
+            #expect(second.status == 1)
+            #expect(second.errors.contains("'pid'"), "\(second.errors)")
+            #expect(try String(contentsOfFile: path, encoding: .utf8) == before)
+        }
+    }
+
+    @Test func aSecretStaysOutOfMessages() throws {
+        let place = try withImage()
+        for option in ["bogus=1", "format=none", "keyid=k,iv=AAAA"] {
+            let result = try place.merino(
+                "serve", "--object", "secret,id=s,data=TopSecretPassword," + option, "-f", "raw",
+                "--tls-creds", "t", "a.raw")
+            #expect(result.status == 1)
+            #expect(!result.errors.contains("TopSecret"), "\(result.errors)")
+            #expect(result.errors.contains("id=s"), "\(result.errors)")
+        }
+    }
+
     @Test(
         "what is not there is refused by name",
         arguments: [

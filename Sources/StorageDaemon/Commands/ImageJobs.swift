@@ -13,6 +13,8 @@ final class ImageJob: @unchecked Sendable {
     /// Of the work, in steps of the work's own.
     var progress = (done: 0, total: 1)
     var failure: BlockError?
+    /// Its work; done when the job has concluded.
+    var task: Task<Void, Never>?
 
     init(_ identifier: String, _ kind: Kind) {
         self.identifier = identifier
@@ -21,10 +23,15 @@ final class ImageJob: @unchecked Sendable {
 }
 
 extension StorageDaemon {
-    /// - Throws: `alreadyExists`.
+    /// - Throws: `alreadyExists`, or `exhausted` where no more jobs are taken.
     func checkJobName(_ identifier: String) throws(BlockError) {
         guard !jobs.contains(where: { $0.identifier == identifier }) else {
             throw BlockError(.alreadyExists, "there is a job '\(identifier)' already")
+        }
+        guard jobs.count < Limits.jobCountMax else {
+            throw BlockError(
+                .exhausted, "there are \(Limits.jobCountMax) jobs already",
+                remedy: "job-dismiss those that have concluded")
         }
     }
 
@@ -35,7 +42,7 @@ extension StorageDaemon {
         jobs.append(job)
         announce(job, "created")
         announce(job, "running")
-        thread.spawn { [self] in
+        job.task = thread.spawn { [self] in
             do throws(BlockError) {
                 try await body()
                 job.progress.done = job.progress.total

@@ -8,15 +8,15 @@ import Musl
 import Darwin
 #endif
 
-/// The file that says which process the daemon is; locked while it lives.
-final class PIDFile: Sendable {
+/// The file that says which process the daemon, or a server, is; locked while it lives.
+public final class PIDFile: Sendable {
     private let path: String
     private let descriptor: Int32
 
     /// Creates the file, empty, and locks it.
     ///
     /// - Throws: `busy` when another process has it.
-    init(_ path: String) throws(BlockError) {
+    public init(_ path: String) throws(BlockError) {
         self.path = path
         descriptor = open(path, O_CREAT | O_RDWR | O_CLOEXEC, 0o600)
         guard descriptor >= 0 else { throw .system("cannot open the pid file '\(path)'", errno) }
@@ -35,7 +35,8 @@ final class PIDFile: Sendable {
         close(descriptor)
     }
 
-    func write() throws(BlockError) {
+    /// Writes the number of this process and a line feed.
+    public func write() throws(BlockError) {
         let text = "\(getpid())\n"
         let count = text.utf8.count
         guard ftruncate(descriptor, 0) == 0, pwrite(descriptor, text, count, 0) == count else {
@@ -43,7 +44,8 @@ final class PIDFile: Sendable {
         }
     }
 
-    func remove() {
+    /// Takes the file away, at the end of the process.
+    public func remove() {
         unlink(path)
     }
 }

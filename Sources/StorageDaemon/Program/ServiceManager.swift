@@ -21,6 +21,14 @@ public enum ServiceManager {
     private static let descriptorFirst: Int32 = 3
     private static let descriptorCountMax: Int32 = 64
 
+    /// Whether something was handed over to this process that has not been taken.
+    public static var hasDescriptors: Bool {
+        guard let process = variable("LISTEN_PID"), variable("LISTEN_FDS") != nil else {
+            return false
+        }
+        return pid_t(process) == getpid()
+    }
+
     /// What was handed over: `LISTEN_FDS`, `LISTEN_PID`, `LISTEN_FDNAMES`; nothing when it is meant for
     /// another process. Takes the variables away, so that no process started from here believes in
     /// them. Before the process goes to the background, for it has another number then.
