@@ -65,7 +65,7 @@ let package = Package(
                 .target(name: "CLinux", condition: .when(platforms: [.linux])),
                 .target(name: "CLiburing", condition: .when(platforms: [.linux])),
             ]),
-        box("BlockGraph", ["BlockIO", "QMP"]),
+        box("BlockGraph", ["BlockIO", "QMP", "BlockCrypto"]),
         box("BlockProtocols", ["BlockGraph"]),
         box("BlockFormats", ["BlockGraph", "BlockCrypto", "CZlib", "CZstd"]),
         box("BlockFilters", ["BlockGraph"]),

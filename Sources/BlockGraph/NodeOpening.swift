@@ -72,13 +72,21 @@ public final class ImageCreation: NodeUser {
     /// The driver's creation options, as `blockdev-create` names them.
     public let options: OptionReader
     private var targets: [Edge] = []
+    private var prepare: (() async throws(BlockError) -> Void)?
 
     public var thread: IOThread { graph.thread }
     public let userDescription = "image creation"
 
-    public init(_ graph: BlockGraph, options: OptionReader) {
+    /// - Parameter prepare: makes the storage that the targets are opened on. Called once, before the
+    ///   first of them: drivers look at all their options first, so that what stands there is not given
+    ///   up for options that are refused.
+    public init(
+        _ graph: BlockGraph, options: OptionReader,
+        prepare: (() async throws(BlockError) -> Void)? = nil
+    ) {
         self.graph = graph
         self.options = options
+        self.prepare = prepare
     }
 
     /// The storage to make the image in: a node's name, or options to open one.
@@ -89,6 +97,10 @@ public final class ImageCreation: NodeUser {
             throw BlockError(
                 .invalidArgument, "option '\(name)' is missing", remedy: "name the node to write to"
             )
+        }
+        if let prepare {
+            self.prepare = nil
+            try await prepare()
         }
         var isOpenedHere = false
         let node: BlockNode

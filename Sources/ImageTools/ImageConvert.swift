@@ -8,7 +8,10 @@ import QMP
 public struct ImageConvert: Sendable {
     public var sources: [ImageSource] = []
     public var target = ""
-    public var targetFormat = "raw"
+    public var targetFormat = "raw" {
+        didSet { namesTargetFormat = true }
+    }
+    private var namesTargetFormat = false
     /// The target is given as node options (`--target-image-opts`).
     public var targetIsOptions = false
     public var targetCache = CacheMode.unsafe
@@ -95,6 +98,11 @@ public struct ImageConvert: Sendable {
         guard !creates || !targetIsOptions else {
             throw BlockError(.invalidArgument, "--target-image-opts needs -n")
         }
+        guard !targetIsOptions || !namesTargetFormat else {
+            throw BlockError(
+                .invalidArgument, "--target-image-opts and -O exclude each other",
+                remedy: "name the format in the options, as in driver=qcow2")
+        }
         guard !targetIsZero || backing == nil else {
             throw BlockError(
                 .invalidArgument, "--target-is-zero and a backing image exclude each other")
@@ -123,15 +131,17 @@ public struct ImageConvert: Sendable {
                         + "\(sparseBytes)", remedy: "0 allocates the target fully")
             }
         }
-        guard !copiesBitmaps || !creates || targetFormat != "raw" else {
+        guard !copiesBitmaps || !creates || targetFormat == "qcow2" else {
             throw Self.noBitmaps(targetFormat)
         }
         guard !skipsBrokenBitmaps || copiesBitmaps else {
             throw BlockError(.invalidArgument, "--skip-broken-bitmaps needs --bitmaps")
         }
-        guard !compresses || !creates || targetFormat != "raw" else {
+        // Found out before a target is touched, which may hold something.
+        guard !compresses || !creates || targetFormat == "qcow2" else {
             throw BlockError(
-                .unsupported, "raw images are not compressed", remedy: "use -O qcow2")
+                .unsupported, "images of format '\(targetFormat)' are not compressed",
+                remedy: "use -O qcow2")
         }
         if offloads {
             for (isGiven, what) in [

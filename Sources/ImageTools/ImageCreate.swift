@@ -144,6 +144,13 @@ public struct ImageCreate: Sendable {
         guard backing != named else {
             throw BlockError(.invalidArgument, "an image cannot be its own backing image")
         }
+        if let format = values["backing_fmt"] {
+            _ = try ToolSession.registry.driver(named: format)
+        } else if trustsBacking {
+            throw BlockError(
+                .invalidArgument, "the backing image's format is not given",
+                remedy: "give it with -F")
+        }
         if trustsBacking { return }
         let path = ImageName.resolve(backing, besides: named)
         var source = ImageSource(path, format: values["backing_fmt"])
@@ -208,42 +215,41 @@ public struct ImageCreate: Sendable {
             file["size"] = options["size"]
             file["preallocation"] = options["preallocation"]
         }
-        try checkInPlace(options)
-        unfinished?.willChange()
         // A device is there already, and as long as it is.
         let isDevice = (try? await session.isBlockDevice(path)) ?? false
-        if !isDevice { try await makeFile(file, in: session) }
-        if format == "raw" { return }
-        if case .string(let dataPath) = options["data-file"] {
-            let data: JSONObject = ["filename": .string(dataPath), "size": 0]
-            try await Self.create(
-                try ToolSession.registry.driver(named: "file").create, data, in: session)
-            options["data-file"] = ["driver": "file", "filename": .string(dataPath)]
+        if format == "raw" {
+            if !isDevice { try await makeFile(file, in: session) }
+            return
         }
         options["file"] = [
             "driver": isDevice ? "host_device" : "file", "filename": .string(path),
         ]
-        try await Self.create(create, options, in: session)
+        var data: JSONObject?
+        if case .string(let dataPath) = options["data-file"] {
+            data = ["filename": .string(dataPath), "size": 0]
+            options["data-file"] = ["driver": "file", "filename": .string(dataPath)]
+        }
+        let (fileOptions, dataOptions) = (file, data)
+        try await Self.create(create, options, in: session) { () async throws(BlockError) in
+            if isDevice {
+                unfinished?.willChange()
+            } else {
+                try await makeFile(fileOptions, in: session)
+            }
+            if let dataOptions {
+                try await Self.create(try Self.fileCreator(), dataOptions, in: session)
+            }
+        }
     }
 
-    /// What stands there is not given up for options that the format refuses.
-    private func checkInPlace(_ options: JSONObject) throws(BlockError) {
-        guard unfinished?.isInPlace == true,
-            let measure = try ToolSession.registry.driver(named: format).measure
-        else { return }
-        // Measuring takes no word about where data goes, and in which form.
-        var plain: JSONObject = [:]
-        for member in options.members
-        where !member.key.hasPrefix("encrypt") && !member.key.hasPrefix("data-file") {
-            plain[member.key] = member.value
-        }
-        _ = try measure(try OptionReader(.object(plain), of: "the new image"))
+    private static func fileCreator() throws(BlockError) -> Create? {
+        try ToolSession.registry.driver(named: "file").create
     }
 
     private func makeFile(_ file: JSONObject, in session: ToolSession) async throws(BlockError) {
+        unfinished?.willChange()
         do throws(BlockError) {
-            try await Self.create(
-                try ToolSession.registry.driver(named: "file").create, file, in: session)
+            try await Self.create(try Self.fileCreator(), file, in: session)
         } catch {
             // Others use it, or it cannot be opened: it is as it was.
             if [.permissionDenied, .readOnly, .busy, .invalidArgument].contains(error.code) {
@@ -253,12 +259,15 @@ public struct ImageCreate: Sendable {
         }
     }
 
+    /// - Parameter prepare: called when the options are known to be good, before anything is touched.
     private static func create(
-        _ create: Create?, _ options: JSONObject, in session: ToolSession
+        _ create: Create?, _ options: JSONObject, in session: ToolSession,
+        prepare: (() async throws(BlockError) -> Void)? = nil
     ) async throws(BlockError) {
         guard let create else { return }
         let creation = ImageCreation(
-            session.graph, options: try OptionReader(.object(options), of: "the new image"))
+            session.graph, options: try OptionReader(.object(options), of: "the new image"),
+            prepare: prepare)
         do throws(BlockError) {
             try await create(creation)
         } catch {

@@ -32,7 +32,8 @@ public struct ImageInfo: Sendable {
         snapshots = node.driver.snapshotStore?.internalSnapshots ?? []
         self.filename = filename ?? node.driver.filename
         format = node.description.name
-        virtualSize = node.size
+        // A file that ends within a sector is shown to its end, as everybody rounds it.
+        virtualSize = node.size.roundedUp(to: 512) ?? node.size
         var storage = node
         while let file = storage.file { storage = file.node }
         if let file = storage.driver as? FileDriver {

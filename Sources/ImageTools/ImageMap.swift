@@ -1,5 +1,7 @@
 import BlockCore
+import BlockFormats
 import BlockGraph
+import BlockProtocols
 
 /// `map`: where an image's data lies, over its whole backing chain.
 public enum ImageMap {
@@ -7,7 +9,8 @@ public enum ImageMap {
     public struct Entry: Sendable, Equatable {
         public var start: Int
         public var length: Int
-        /// How many layers below the top one has it; for what no layer has, the lowest.
+        /// How many layers below the top one has it; for what no layer has, the first that has nothing
+        /// below it there.
         public var depth: Int
         /// Whether a layer has it.
         public var isPresent: Bool
@@ -23,14 +26,15 @@ public enum ImageMap {
     public static func walk(
         _ edge: Edge, _ range: ByteRange, _ found: (Entry) -> Void
     ) async throws(BlockError) {
-        let lowest = edge.node.layerCount - 1
+        let layers = try await layers(edge.node)
         var current: Entry?
         var offset = range.offset
         while offset < range.end {
             // Long questions are put in parts, so that the answer does not need the whole image.
             let asked = ByteRange(offset, min(range.end - offset, 1 << 30))
             let status = try await edge.chainStatus(asked)
-            let next = entry(offset, status, lowest, top: edge.node)
+            var next = entry(offset, status, layers, top: edge.node)
+            if next.isData, next.isZero, !layers[next.depth].asksFile { next.isZero = false }
             if let joined = current.flatMap({ join($0, next) }) {
                 current = joined
             } else {
@@ -42,12 +46,50 @@ public enum ImageMap {
         if let current { found(current) }
     }
 
+    /// One image of a chain.
+    private struct Layer {
+        /// Bytes.
+        var size: Int
+        /// Whether the holes of its file are shown as zeroes.
+        var asksFile: Bool
+    }
+
+    /// The images of the chain, top first.
+    ///
+    /// In a qcow2 image a cluster is data, whatever holes its file has there, as people know it from
+    /// qemu-img; unless the image was preallocated, when the file knows what was written since.
+    private static func layers(_ top: BlockNode) async throws(BlockError) -> [Layer] {
+        var result: [Layer] = []
+        var next: BlockNode? = top
+        while var node = next {
+            while node.description.kind == .filter, let child = node.filteredChild {
+                node = child.node
+            }
+            var asks = true
+            if let image = node.driver as? QCOW2Driver {
+                var storage = node
+                while let file = storage.file { storage = file.node }
+                asks = false
+                if let file = storage.driver as? FileDriver {
+                    asks = try await image.isPreallocated(storedBytes: file.allocatedBytes())
+                }
+            }
+            result.append(Layer(size: node.size, asksFile: asks))
+            next = node.backing?.node
+        }
+        return result
+    }
+
     private static func entry(
-        _ offset: Int, _ status: ChainStatus, _ lowest: Int, top: BlockNode
+        _ offset: Int, _ status: ChainStatus, _ layers: [Layer], top: BlockNode
     ) -> Entry {
-        Entry(
-            start: offset, length: status.count, depth: status.depth ?? lowest,
-            isPresent: status.depth != nil && status.flags.contains(.allocated),
+        let lowest = layers.count - 1
+        let isPresent = status.depth != nil && status.flags.contains(.allocated)
+        let nobody = layers.dropFirst().firstIndex { $0.size <= offset }.map { $0 - 1 }
+        let depth = isPresent ? status.depth : nobody
+        return Entry(
+            start: offset, length: status.count, depth: min(depth ?? lowest, lowest),
+            isPresent: isPresent,
             isZero: status.flags.contains(.zero),
             isData: status.flags.contains(.data),
             isCompressed: status.flags.contains(.compressed),
@@ -72,6 +114,13 @@ public enum ImageMap {
 }
 
 extension ImageMap.Entry {
+    /// What stands in JSON where there is nothing to map.
+    public static func nothing(at start: Int) -> ImageMap.Entry {
+        ImageMap.Entry(
+            start: start, length: 0, depth: 0, isPresent: false, isZero: false, isData: false,
+            isCompressed: false)
+    }
+
     /// Appends an element of the JSON array, in the order of keys that scripts know.
     public func appendJSON(to text: inout OutputText) {
         text.append("{ \"start\": ")

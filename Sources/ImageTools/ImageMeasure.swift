@@ -115,8 +115,11 @@ public struct ImageMeasure: Sendable {
 
     /// The directory, and tables and data of each bitmap, in clusters.
     private func bitmaps(of user: Edge, unit: Int) async throws(BlockError) -> Int? {
-        guard user.node.description.name == "qcow2", format == "qcow2" else { return nil }
-        let data = try await user.node.driver.information.formatSpecific?["data"]
+        var image = user.node
+        // A snapshot's bitmaps are its image's.
+        if snapshot != nil, let file = image.child(named: "file") { image = file.node }
+        guard image.description.name == "qcow2", format == "qcow2" else { return nil }
+        let data = try await image.driver.information.formatSpecific?["data"]
         guard data?["compat"] != "0.10" else { return nil }
         guard try creation.readOptions()["compat"].map({ $0 != "0.10" && $0 != "v2" }) ?? true
         else {

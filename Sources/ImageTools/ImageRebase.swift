@@ -40,6 +40,7 @@ public struct ImageRebase: Sendable {
             throw BlockError(
                 .invalidArgument, "a backing image needs its format", remedy: "give it with -F")
         }
+        if let backingFormat { _ = try ToolSession.registry.driver(named: backingFormat) }
         if isUnsafe {
             try await renameOnly(in: session)
         } else {

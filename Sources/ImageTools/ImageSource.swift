@@ -17,6 +17,8 @@ public struct ImageSource: Sendable {
     public var asynchronousIO: String?
     /// Writes go to a temporary image above it, which is gone when it is closed (`-s`).
     public var isTemporary = false
+    /// What is read from a backing image is kept in the image (`-C`).
+    public var copiesOnRead = false
     /// Others may write meanwhile (`-U`).
     public var sharesAll = false
     /// Called when a writable image's format was found out to be raw: what a guest writes is held

@@ -66,7 +66,12 @@ extension ToolSession {
         var below = source
         below.isTemporary = false
         below.isWritable = false
-        return try await openOverlay(above: try await open(below), in: Self.temporaryFolder)
+        let overlay = try await openOverlay(
+            above: try await open(below), in: Self.temporaryFolder)
+        guard source.copiesOnRead else { return overlay }
+        defer { overlay.release("command") }
+        return try await openAbove(
+            overlay, ["driver": "copy-on-read", "file": .string(overlay.name)])
     }
 
     /// Where temporary images go: `$TMPDIR`, or else `/var/tmp`.

@@ -21,13 +21,12 @@ extension ToolSession {
             }
             // A secret's text stays out of messages.
             options.subject = "object '\(identifier)' (\(type))"
-            guard type == "secret" else {
+            guard let kind = GraphSecret.Kind(rawValue: type) else {
                 throw BlockError(
                     .unsupported, "\(options.subject): images do not use objects of this type",
-                    remedy: "use secret")
+                    remedy: "use secret or secret_keyring")
             }
-            let secret = try await GraphSecret.read(options, on: thread)
-            try options.finish()
+            let secret = try await GraphSecret.read(kind, options, in: graph)
             try graph.addObject(secret, as: identifier)
             madeObjects.insert(text)
         }

@@ -69,8 +69,9 @@ public final class ToolSession: @unchecked Sendable {
             defer { node.release("command") }
             return try graph.attach(NamedUser(user), to: node, access)
         }
-        let node = try await graph.open(
-            try await options(for: source), inheriting: source.inherited)
+        var options = try await options(for: source)
+        if source.copiesOnRead { options = ["driver": "copy-on-read", "file": options] }
+        let node = try await graph.open(options, inheriting: source.inherited)
         defer { node.release("opening") }
         return try graph.attach(NamedUser(user), to: node, access)
     }

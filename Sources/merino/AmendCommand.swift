@@ -22,6 +22,7 @@ struct AmendCommand: ParsableCommand {
     @Flag(help: "Do also what may make data unreadable for good.") var force = false
 
     func run() throws {
+        CommandSignals.prepare()
         try Failure.rethrow { () throws(BlockError) in
             guard !options.isEmpty else {
                 throw BlockError(.invalidArgument, "there is nothing to change", remedy: "give -o")
@@ -42,6 +43,7 @@ struct AmendCommand: ParsableCommand {
             let (work, shown) = (amend, shown)
             try ToolSession.run { session throws(BlockError) in
                 let progress = try shown.make()
+                try CommandSignals.watch(in: session, progress)
                 defer { progress.end() }
                 try await work.run(in: session, progress: progress)
             }

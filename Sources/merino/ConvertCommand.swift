@@ -18,7 +18,7 @@ struct ConvertCommand: ParsableCommand {
     @Option(
         name: [.customShort("O", allowingJoined: true), .customLong("target-format")],
         help: "The target's format.")
-    var targetFormat = "raw"
+    var targetFormat: String?
     @Flag(name: .customLong("target-image-opts"), help: "The target is given as options; needs -n.")
     var targetImageOptions = false
     @Option(
@@ -82,7 +82,7 @@ struct ConvertCommand: ParsableCommand {
         CommandSignals.prepare()
         try Failure.rethrow { () throws(BlockError) in
             var convert = ImageConvert()
-            convert.targetFormat = targetFormat
+            if let targetFormat { convert.targetFormat = targetFormat }
             convert.options = options
             if convert.wantsHelp {
                 convert.target = files.last ?? ""

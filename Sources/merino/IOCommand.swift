@@ -38,14 +38,18 @@ struct IOCommand: ParsableCommand {
         name: [.customShort("s"), .long],
         help: "Write to a temporary file, which is gone at the end.")
     var snapshot = false
-    @Flag(name: [.customShort("C"), .customLong("copy-on-read")], help: "Not supported.")
+    @Flag(
+        name: [.customShort("C"), .customLong("copy-on-read")],
+        help: "Keep what is read from a backing image in the image.")
     var copyOnRead = false
     @Flag(name: [.customShort("m"), .long], help: "Taken for compatibility; does nothing.")
     var misalign = false
+    @OptionGroup var tracing: TraceArguments
 
     func run() throws {
         var hasFailed = false
         try Failure.rethrow { () throws(BlockError) in
+            if try tracing.apply() { return }
             let source = try source
             let (commands, isNamed) = (commands, file != nil)
             hasFailed = try ToolSession.run { session throws(BlockError) in
@@ -65,9 +69,12 @@ struct IOCommand: ParsableCommand {
 
     private var source: ImageSource {
         get throws(BlockError) {
-            if copyOnRead { throw .notThere("--copy-on-read") }
             var source = try image.source(file ?? "")
             source.isWritable = !readOnly
+            guard !copyOnRead || !readOnly else {
+                throw BlockError(.invalidArgument, "-C and -r exclude each other")
+            }
+            source.copiesOnRead = copyOnRead
             source.isTemporary = snapshot && !readOnly
             source.cache = nocache ? .none : try CacheMode(named: cache)
             source.discards = try ImageSource.discards(mode: discard)

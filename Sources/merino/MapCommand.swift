@@ -50,7 +50,10 @@ struct MapCommand: ParsableCommand {
                         if failure == nil, let line = try entry.line() { lines.append(line) }
                     } catch { failure = failure ?? error }
                 }
-                if isJSON { lines.append("]\n") }
+                if isJSON {
+                    if isFirst { ImageMap.Entry.nothing(at: first).appendJSON(to: &lines) }
+                    lines.append("]\n")
+                }
                 StandardOutput.print(lines.bytes)
                 try await session.graph.detach(edge)
                 if let failure { throw failure }

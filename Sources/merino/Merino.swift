@@ -1,11 +1,13 @@
 import ArgumentParser
+import BlockCore
+import ImageTools
 
 /// The command: one subcommand per job.
 @main struct Merino: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "merino",
         abstract: "A block-storage engine: disk images, live snapshots, NBD.",
-        version: "merino 0.1.0",
+        version: line.version,
         subcommands: [
             DaemonCommand.self,
             ServeCommand.self,
@@ -36,18 +38,33 @@ import ArgumentParser
     /// The name that messages begin with: the tool's that the command line is compatible with.
     static var program: String { line.program }
 
+    /// Scripts look in the image tool's help for the formats that there are, on one line.
+    private static var formats: String {
+        guard program == "qemu-img", ["-h", "--help", "help"].contains(line.arguments.first) else {
+            return ""
+        }
+        return "\nSupported formats: "
+            + ToolSession.registry.drivers.map(\.name).sorted().joined(separator: " ") + "\n"
+    }
+
     static func main() {
         do {
+            if try TraceArguments.apply(line.traces) { end(0) }
+            guard program != "qemu-img" || !line.arguments.isEmpty else {
+                throw Failure("a command is missing; try 'qemu-img --help'")
+            }
             var command = try parseAsRoot(line.arguments)
             try command.run()
         } catch {
             let code = exitCode(for: error)
             let text = fullMessage(for: error)
             if code == .success {
-                StandardOutput.print(text + "\n")
+                StandardOutput.print(text + "\n" + formats)
                 end(0)
             }
-            if let failure = error as? Failure {
+            if let failure = error as? BlockError {
+                StandardError.print("\(program): \(failure.plainDescription)")
+            } else if let failure = error as? Failure {
                 StandardError.print("\(program): \(failure.description)")
             } else if !text.isEmpty {
                 let words = text.hasPrefix("Error: ") ? String(text.dropFirst(7)) : text

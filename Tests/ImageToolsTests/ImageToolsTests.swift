@@ -18,7 +18,7 @@ import Testing
     @Test(
         "numbers are rounded to their decimals",
         arguments: [
-            (0.0005, 3, "0.001"), (1.25, 1, "1.3"), (12, 4, "12.0000"), (0.04, 2, "0.04"),
+            (0.0005, 3, "0.001"), (1.25, 1, "1.2"), (12, 4, "12.0000"), (0.04, 2, "0.04"),
             (-1.5, 1, "-1.5"), (.infinity, 2, "inf"), (1e300, 2, "inf"), (7.6, 0, "8"),
         ])
     func fixed(_ value: Double, _ places: Int, _ text: String) {

@@ -1,3 +1,4 @@
+import BlockTesting
 import Foundation
 import Testing
 
@@ -63,6 +64,103 @@ import Testing
                 "qemu-img", "check", "-r", repair, "--output", output, "a.qcow2")
             #expect(own.output == other.output, "\(own.errors)")
             #expect(own.status == other.status)
+        }
+    }
+
+    /// What can go wrong at several places at once.
+    private enum Fault: CaseIterable {
+        case refcount, refcountZero, copied, copiedTable, twice, dropped, unaligned, reserved
+        case droppedTable, metadata, truncated
+    }
+
+    /// Big-endian words of an image of 4 KiB clusters.
+    private struct Words {
+        var bytes: [UInt8]
+
+        func word(_ offset: Int, _ count: Int = 8) -> UInt64 {
+            bytes[offset..<(offset + count)].reduce(0) { $0 << 8 | UInt64($1) }
+        }
+
+        mutating func put(_ value: UInt64, at offset: Int, _ count: Int = 8) {
+            for index in 0..<count {
+                bytes[offset + index] =
+                    UInt8(truncatingIfNeeded: value >> UInt64(8 * (count - 1 - index)))
+            }
+        }
+
+        mutating func make(_ fault: Fault, _ random: inout SeededRandom) {
+            let clusters = bytes.count / 4096
+            let (l1, l1Count) = (Int(word(40)), Int(word(36, 4)))
+            let block = Int(word(Int(word(48))))
+            let slot = l1 + 8 * random.below(l1Count)
+            let table = Int(word(slot) & 0xff_ffff_ffff_fe00)
+            let refcount = block + 2 * (1 + random.below(clusters - 1))
+            let used = (0..<512).filter { table != 0 && word(table + 8 * $0) > 1 }
+            func entry(_ random: inout SeededRandom) -> Int? {
+                used.isEmpty ? nil : table + 8 * used[random.below(used.count)]
+            }
+            switch fault {
+            case .refcount: put(UInt64(1 + random.below(3)), at: refcount, 2)
+            case .refcountZero: put(0, at: refcount, 2)
+            case .copiedTable: if table != 0 { put(word(slot) ^ 1 << 63, at: slot) }
+            case .droppedTable: put(0, at: slot)
+            case .truncated: bytes.removeLast(4096 * (1 + random.below(3)))
+            default:
+                guard let place = entry(&random), let other = entry(&random) else { return }
+                switch fault {
+                case .copied: put(word(place) ^ 1 << 63, at: place)
+                case .twice: put(word(other), at: place)
+                case .dropped: put(0, at: place)
+                case .unaligned: put(word(place) | 0x200, at: place)
+                case .reserved: put(word(place) | 1 << 57, at: place)
+                default:
+                    put(1 << 63 | [4096, UInt64(l1), UInt64(block)][random.below(3)], at: place)
+                }
+            }
+        }
+    }
+
+    /// Without those whose entries reach past the end of the file: docs/commands/check.md tells the
+    /// difference.
+    private static let faultSeeds = (UInt64(0)..<40).filter { ![3, 21].contains($0) }
+
+    @Test(arguments: faultSeeds)
+    func imagesWithSeveralFaultsAreCountedAsByQemuImg(seed: UInt64) throws {
+        let place = try Workplace()
+        try place.tool(
+            "qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", "a.qcow2", "8M")
+        try place.tool(
+            "qemu-io", "-f", "qcow2", "-c", "write 0 256k", "-c", "write 600k 100k", "-c",
+            "write -z 1M 64k", "-c", "write 3M 50k", "-c", "write 5M 30k", "a.qcow2")
+        var random = SeededRandom(seed: seed)
+        let url = URL(fileURLWithPath: place.folder + "/a.qcow2")
+        var image = Words(bytes: [UInt8](try Data(contentsOf: url)))
+        let faults = (0..<(2 + random.below(4))).map { _ in
+            Fault.allCases[random.below(Fault.allCases.count)]
+        }
+        for fault in faults { image.make(fault, &random) }
+        try Data(image.bytes).write(to: url)
+        let own = try place.merino("check", "-f", "qcow2", "--output", "json", "a.qcow2")
+        let other = try place.tool(
+            "qemu-img", "check", "-f", "qcow2", "--output", "json", "a.qcow2")
+        #expect(own.output == other.output, "seed \(seed), \(faults): \(own.errors)\(other.errors)")
+        #expect(own.status == other.status, "seed \(seed), \(faults)")
+    }
+
+    @Test func repairingLeaksSetsFlagsRightThatAreWrongAlone() throws {
+        for program in [["qemu-img"], [Workplace.merino]] {
+            let place = try Workplace()
+            try make(.leaky, place)
+            let url = URL(fileURLWithPath: place.folder + "/a.qcow2")
+            var image = Words(bytes: [UInt8](try Data(contentsOf: url)))
+            let slot = Int(image.word(40))
+            image.put(image.word(slot) ^ 1 << 63, at: slot)
+            try Data(image.bytes).write(to: url)
+            let result = try place.run(
+                "/usr/bin/env",
+                program + ["check", "-r", "leaks", "--output", "json", "-f", "qcow2", "a.qcow2"])
+            #expect(result.status == 0, "\(program)")
+            #expect(result.output.contains("\"corruptions-fixed\": 1"), "\(result.output)")
         }
     }
 

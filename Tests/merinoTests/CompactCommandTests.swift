@@ -134,7 +134,8 @@ import Testing
         for (name, word) in [("locked", "encrypted"), ("apart", "data file")] {
             let result = try place.merino("compact", "-f", "qcow2", name)
             #expect(result.status == 1 && result.errors.contains(word), "\(result.errors)")
-            #expect(!FileManager.default.fileExists(atPath: "\(place.folder)/\(name).merino-partial"))
+            #expect(
+                !FileManager.default.fileExists(atPath: "\(place.folder)/\(name).merino-partial"))
         }
     }
 

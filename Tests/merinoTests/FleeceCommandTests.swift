@@ -24,7 +24,7 @@ import Testing
                     "--export", "nbd,id=disk,node-name=disk,writable=on",
                     "--chardev", "socket,id=q,path=qmp,server=on,wait=off", "--monitor", "q"])
                 for _ in range(3000):
-                    if os.path.exists("pid"): break
+                    if os.path.exists("qmp") and os.path.exists("nbd"): break
                     time.sleep(0.02)
                 self.socket = socket.socket(socket.AF_UNIX)
                 self.socket.connect("qmp")

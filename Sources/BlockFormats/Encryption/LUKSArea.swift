@@ -163,11 +163,9 @@ final class LUKSArea {
         data["slots"] = .array(
             header.slots.map { slot in
                 var value: JSONObject = ["active": .bool(slot.isActive)]
-                if slot.isActive {
-                    value["iters"] = .integer(slot.iterations)
-                    value["stripes"] = .integer(slot.stripes)
-                }
+                if slot.isActive { value["iters"] = .integer(slot.iterations) }
                 value["key-offset"] = .integer(slot.materialOffset)
+                if slot.isActive { value["stripes"] = .integer(slot.stripes) }
                 return .object(value)
             })
         data["payload-offset"] = .integer(header.payloadOffset)

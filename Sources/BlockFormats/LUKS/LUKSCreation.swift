@@ -22,13 +22,15 @@ enum LUKSCreation {
                 remedy: "name a secret object that holds the passphrase")
         }
         let isDetached = try options.value("header") != nil
-        let file = try await creation.target("file")
-        let header = isDetached ? try await creation.target("header") : file
-        try options.finish()
         let payload = isDetached ? 0 : LUKS.payloadOffset(luks.cipher)
         guard let end = size.adding(payload), end <= Limits.nodeSizeMax else {
             throw BlockError(.invalidArgument, "a disk of \(size) bytes is out of bounds")
         }
+        _ = try options.value("file")
+        try options.finish()
+        // Nothing is touched before all is known to be good.
+        let file = try await creation.target("file")
+        let header = isDetached ? try await creation.target("header") : file
         if isDetached { try await makeRoom(LUKS.payloadOffset(luks.cipher), .off, header) }
         try await makeRoom(end, preallocation, file)
         _ = try await LUKSArea.create(luks, passphrase, header, at: 0, isDetached: isDetached)

@@ -23,38 +23,41 @@ enum QCOW2Creation {
                 .unsupported, "version 2 of qcow2 cannot preallocate clusters of encrypted images",
                 remedy: "use version=v3")
         }
-        let target = try await creation.target("file")
-        let data = try await dataFile(creation, &header)
-        try options.finish()
+        let hasDataFile = try takeDataFile(options, &header)
         // The raw file stands for the disk without the tables: none of its clusters may be elsewhere.
         let isRaw = header.autoclear.contains(.rawExternalData)
         guard !isRaw || encryption == nil else {
             throw BlockError(
                 .invalidArgument, "encryption and 'data-file-raw' exclude each other")
         }
+        let layout = try QCOW2.CreationLayout(
+            size: size, geometry: header.geometry,
+            isPreallocated: preallocation != .off || isRaw, hasDataFile: hasDataFile,
+            encryptionBytes: encryption?.headerBytes ?? 0,
+            showsBacking: !header.backingName.isEmpty)
+        _ = try options.value("file")
+        try options.finish()
+        // Nothing is touched before all is known to be good.
+        let target = try await creation.target("file")
+        let data = hasDataFile ? try await dataFile(creation, &header) : nil
         if let data {
             try await data.resize(to: 0)
             try await data.resize(to: size, preallocation == .metadata ? .off : preallocation)
         }
-        let layout = try QCOW2.CreationLayout(
-            size: size, geometry: header.geometry,
-            isPreallocated: preallocation != .off || isRaw, hasDataFile: data != nil,
-            encryptionBytes: encryption?.headerBytes ?? 0,
-            showsBacking: !header.backingName.isEmpty)
         try await write(
             header, layout, data == nil ? preallocation : .off, encryption, to: target)
     }
 
-    /// The file of its own that guest data goes to; `nil` when it goes where the tables are.
-    private static func dataFile(
-        _ creation: ImageCreation, _ header: inout QCOW2.Header
-    ) async throws(BlockError) -> Edge? {
-        let isRaw = try creation.options.bool("data-file-raw") == true
-        guard try creation.options.value("data-file") != nil else {
+    /// Whether guest data goes to a file of its own.
+    private static func takeDataFile(
+        _ options: OptionReader, _ header: inout QCOW2.Header
+    ) throws(BlockError) -> Bool {
+        let isRaw = try options.bool("data-file-raw") == true
+        guard try options.value("data-file") != nil else {
             if isRaw {
                 throw BlockError(.invalidArgument, "'data-file-raw' needs 'data-file'")
             }
-            return nil
+            return false
         }
         guard header.version == 3 else {
             throw BlockError(
@@ -65,9 +68,16 @@ enum QCOW2Creation {
             throw BlockError(
                 .invalidArgument, "a backing file and 'data-file-raw' exclude each other")
         }
-        let data = try await creation.target("data-file")
         header.incompatible.insert(.externalData)
         if isRaw { header.autoclear.insert(.rawExternalData) }
+        return true
+    }
+
+    /// The file of its own that guest data goes to.
+    private static func dataFile(
+        _ creation: ImageCreation, _ header: inout QCOW2.Header
+    ) async throws(BlockError) -> Edge {
+        let data = try await creation.target("data-file")
         header.extensions.insert(
             .init(
                 type: QCOW2.HeaderExtension.externalDataName,

@@ -191,6 +191,47 @@ extension QCOW2Driver {
         return status(of: total)
     }
 
+    /// Whether the image looks as if clusters were reserved before they were written: far more of them
+    /// are in use than the file has storage for. Where data lies in such an image its file knows better.
+    ///
+    /// - Parameter storedBytes: what the file takes on its file system.
+    public func isPreallocated(storedBytes: Int) async throws(BlockError) -> Bool {
+        let stored = storedBytes >> geometry.clusterBits
+        // A tenth more, or two clusters, are the file system's way of counting.
+        let threshold = max(stored + stored / 9, stored + 2)
+        let count = geometry.clusterCount(for: file.size)
+        // Images that are only read do not have their refcounts in memory.
+        let entries = min(
+            image.header.refcountTableClusters << (geometry.clusterBits - 3),
+            QCOW2.Limit.refcountTableBytesMax / 8,
+            count >> geometry.refcountBlockBits + 1)
+        let table = try await Self.readTable(file, image.header.refcountTableOffset, entries)
+        var used = 0
+        for (index, entry) in table.enumerated() where entry != 0 && used < threshold {
+            let left = count - index << geometry.refcountBlockBits
+            used += try await clustersInUse(block: entry, of: left)
+        }
+        return used >= threshold
+    }
+
+    /// How many of the first `count` clusters that a refcount block counts are in use.
+    private func clustersInUse(block: UInt64, of count: Int) async throws(BlockError) -> Int {
+        guard block < UInt64(file.size), Int(block).isAligned(to: geometry.clusterSize) else {
+            return 0
+        }
+        let vector = try IOVector(allocating: geometry.clusterSize)
+        let there = min(vector.count, file.size - Int(block))
+        vector.zero(there, vector.count - there)
+        try await file.read(Int(block), into: vector.slice(0, there))
+        guard let bytes = vector.single?.bytes else { return 0 }
+        let counts = UnsafeRawBufferPointer(bytes)
+        var used = 0
+        for cluster in 0..<max(0, min(count, geometry.clustersPerRefcountBlock)) {
+            if QCOW2.Refcount.get(counts, cluster, order: geometry.refcountOrder) != 0 { used += 1 }
+        }
+        return used
+    }
+
     /// Slices that one question about status looks at.
     static let statusSliceCountMax = 256
 
@@ -212,7 +253,7 @@ extension QCOW2Driver {
         case .zeroAllocated:
             return BlockStatus(
                 [.zero, .allocated], count: run.count,
-                mapping: .init(node: data.node, offset: run.host))
+                mapping: isEncrypted ? nil : .init(node: data.node, offset: run.host))
         }
     }
 }

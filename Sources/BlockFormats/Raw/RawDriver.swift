@@ -203,8 +203,9 @@ extension RawDriver {
         }
         let preallocation =
             try creation.options.enumeration("preallocation", as: Preallocation.self) ?? .off
-        let target = try await creation.target("file")
+        _ = try creation.options.value("file")
         try creation.options.finish()
+        let target = try await creation.target("file")
         try await target.resize(to: size, preallocation)
         try await target.flush()
     }

@@ -12,11 +12,13 @@ extension Exerciser {
             synopsis: "[-rsCnkU] [-i aio] [-t cache] [-d discard] [-o options] [path]",
             summary: "opens an image for the commands that follow",
             details: """
+                 -C  keep what is read from a backing image
                  -d  ignore or unmap discards
                  -i  threads, native or io_uring
                  -n  the same as -t none
                  -o  node options: driver=qcow2,…
                  -r  only for reading
+                 -s  write to a temporary file, which is gone at the end
                  -t  cache mode: none, writeback, writethrough, directsync or unsafe
                  -U  while others write it
                 """
@@ -76,9 +78,6 @@ extension Exerciser {
             throw BlockError(.busy, "an image is open already", remedy: "try 'help close'")
         }
         let arguments = try ExerciserArguments(words, known: "Cd:i:kno:rst:U", command: "open")
-        for flag: Character in ["C", "s"] where arguments.has(flag) {
-            throw BlockError(.unsupported, "open -\(flag) is not supported")
-        }
         guard arguments.rest.count <= 1 else {
             throw BlockError(.invalidArgument, "open takes one path")
         }
@@ -91,6 +90,8 @@ extension Exerciser {
         if arguments.has("k") { source.asynchronousIO = "native" }
         if let mode = arguments.value("i") { source.asynchronousIO = mode }
         if arguments.has("r") { source.isWritable = false }
+        if arguments.has("C") { source.copiesOnRead = source.isWritable }
+        if arguments.has("s") { source.isTemporary = source.isWritable }
         if arguments.has("U") { source.sharesAll = true }
         switch (arguments.rest.first, arguments.value("o")) {
         case (nil, nil):
@@ -153,7 +154,11 @@ extension Exerciser {
     }
 
     private func info() async throws(BlockError) {
-        let node = try image().node
+        var node = try image().node
+        // What stands above the image for -C is no part of it.
+        if node.description.name == "copy-on-read", let child = node.filteredChild {
+            node = child.node
+        }
         let information = try await node.driver.information
         var text = "format name: \(node.description.name)\n"
         text += "cluster size: \(ExerciserReport.bytes(information.clusterSize))\n"

@@ -2,11 +2,17 @@ import BlockCore
 
 /// The exerciser's result lines, laid out as scripts read them.
 enum ExerciserReport {
-    /// `value` with `places` decimals.
+    /// `value` with `places` decimals: of those with so many the nearest, and the even one of two that are as near.
     static func fixed(_ value: Double, _ places: Int) -> String {
         var scale = 1.0
         for _ in 0..<places { scale *= 10 }
-        let scaled = (value * scale).rounded()
+        let product = value * scale
+        var scaled = product.rounded(.toNearestOrEven)
+        // What the product was rounded by decides where it is just between two.
+        let rest = (-product).addingProduct(value, scale)
+        if (product - product.rounded(.down)) == 0.5, rest != 0 {
+            scaled = product.rounded(rest > 0 ? .up : .down)
+        }
         guard scaled.isFinite, let whole = Int(exactly: scaled) else { return "inf" }
         let digits = String(whole.magnitude)
         let padded = String(repeating: "0", count: max(0, places + 1 - digits.count)) + digits

@@ -70,8 +70,8 @@ extension StorageDaemon {
         _ kind: DaemonObject.Kind, _ reader: OptionReader
     ) async throws(BlockError) -> DaemonObject {
         switch kind {
-        case .secret: return .secret(try offer(try await secret(reader), reader))
-        case .keyringSecret: return .secret(try offer(try await keyringSecret(reader), reader))
+        case .secret: return .secret(try await secret(.plain, reader))
+        case .keyringSecret: return .secret(try await secret(.keyring, reader))
         case .certificates: return .credentials(try await certificates(reader))
         case .keys: return .credentials(try await keys(reader))
         case .anonymous: return .credentials(try await anonymous(reader))
@@ -108,41 +108,14 @@ extension StorageDaemon {
 
     // MARK: Secrets
 
-    /// Options of nodes name it from now on.
-    private func offer(
-        _ bytes: SecretBytes, _ reader: OptionReader
-    ) throws(BlockError) -> SecretBytes {
-        try graph.addObject(GraphSecret(bytes), as: try reader.required("id"))
-        return bytes
-    }
-
-    private func secret(_ reader: OptionReader) async throws(BlockError) -> SecretBytes {
-        let data = try reader.string("data")
-        let file = try reader.string("file")
-        let secret = try Secret(reader, lookup: requireSecret)
-        try reader.finish()
-        var bytes: [UInt8]
-        switch (data, file) {
-        case (let data?, nil): bytes = Array(data.utf8)
-        case (nil, let file?):
-            bytes = try await thread.offload { () throws(BlockError) in
-                try SmallFile.read(file, bytesMax: GraphSecret.bytesMax)
-            }
-        default:
-            throw BlockError(
-                .invalidArgument, "\(reader.subject): give either 'data' or 'file'")
-        }
-        return try secret.unwrap(&bytes, of: reader.subject)
-    }
-
-    private func keyringSecret(_ reader: OptionReader) async throws(BlockError) -> SecretBytes {
-        guard let serial = try reader.int("serial") else {
-            throw BlockError(.invalidArgument, "\(reader.subject): 'serial' is missing")
-        }
-        let secret = try Secret(reader, lookup: requireSecret)
-        try reader.finish()
-        var bytes = try Secret.readKeyring(serial)
-        return try secret.unwrap(&bytes, of: reader.subject)
+    /// Makes a secret, which options of nodes name from now on.
+    private func secret(
+        _ kind: GraphSecret.Kind, _ reader: OptionReader
+    ) async throws(BlockError) -> SecretBytes {
+        let identifier = try reader.required("id")
+        let secret = try await GraphSecret.read(kind, reader, in: graph)
+        try graph.addObject(secret, as: identifier)
+        return secret.bytes
     }
 
     private func requireSecret(_ identifier: String) throws(BlockError) -> SecretBytes {

@@ -114,7 +114,10 @@ extension QCOW2Check {
         }
         if l2.offset == 0 { return }
         noteAllocated(1, at: l2.offset, use.active, &next)
-        guard l2.offset.isAligned(to: geometry.clusterSize) else { return }
+        guard l2.offset.isAligned(to: geometry.clusterSize) else {
+            countUnaligned(l2.offset, use.active + use.other, counts)
+            return
+        }
         if hasDataFile, !l2.isCopied, use.active > 0 { suspectsDataFlags = true }
         guard !hasDataFile, l2.offset < offsetEnd else { return }
         let first = l2.offset >> clusterBits
@@ -122,6 +125,14 @@ extension QCOW2Check {
             counts.add(first, 1, l2.isCopied ? .copied : .shared, times: use.active)
         }
         if use.other > 0 { counts.add(first, 1, .plain, times: use.other) }
+    }
+
+    /// An entry that stays as it is has bytes in two clusters: neither is a leak.
+    private func countUnaligned(_ offset: Int, _ times: Int, _ counts: QCOW2ReferenceCounts) {
+        guard !mendsErrors, !hasDataFile, offset < offsetEnd else { return }
+        let first = offset >> clusterBits
+        let last = min(offset + geometry.clusterSize, fileSize) - 1
+        counts.add(first, last >> clusterBits - first + 1, .plain, times: times)
     }
 
     /// The bytes of a compressed cluster; `nil` where it has none in this file.
@@ -267,9 +278,9 @@ extension QCOW2Check {
             else { continue }
             wrongCount += 1
             note(
-                "\(mendsErrors ? "Repairing" : "ERROR") OFLAG_COPIED data cluster: "
+                "\(mendsFlags ? "Repairing" : "ERROR") OFLAG_COPIED data cluster: "
                     + "l2_entry=\(String(raw, radix: 16)) refcount=\(count)")
-            guard mendsErrors else { continue }
+            guard mendsFlags else { continue }
             table.bytes.storeBigEndian(raw ^ Self.copiedFlag, at: position)
             changed = (changed?.lowerBound ?? position)..<(position + 8)
         }

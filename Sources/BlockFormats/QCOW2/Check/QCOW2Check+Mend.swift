@@ -39,7 +39,14 @@ extension QCOW2Check {
         report.corruptions += findings.lowCount + findings.brokenBlockCount
         if findings.leakCount > 0 { try await writeCounts(raises: false) }
         report.leaksFixed += findings.leakCount
+        // Refcounts can be believed where no reference is wrong: flags follow from them without a guess.
+        flagsAreAlone = report.corruptions == 0
         try await forEachWindow(withRefcounts: true) { counts throws(BlockError) in
+            if self.flagsAreAlone {
+                guard counts.hasWrongFlags || self.suspectsDataFlags else { return }
+                self.report.corruptionsFixed += try await self.checkFlags(counts, stored: [:])
+                return
+            }
             var stored = findings.stored
             for (cluster, count) in stored where count > counts.count(of: cluster) {
                 stored[cluster] = nil

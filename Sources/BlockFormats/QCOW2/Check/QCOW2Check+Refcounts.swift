@@ -203,9 +203,9 @@ extension QCOW2Check {
             {
                 wrong += 1
                 self.note(
-                    "\(self.mendsErrors ? "Repairing" : "ERROR") OFLAG_COPIED L2 cluster: "
+                    "\(self.mendsFlags ? "Repairing" : "ERROR") OFLAG_COPIED L2 cluster: "
                         + "l1_index=\(index) l1_entry=\(String(raw, radix: 16)) refcount=\(count)")
-                if self.mendsErrors { changed ^= QCOW2.L1Entry.copiedFlag }
+                if self.mendsFlags { changed ^= QCOW2.L1Entry.copiedFlag }
             }
         }
         var wrongEntries = 0
@@ -215,7 +215,7 @@ extension QCOW2Check {
         try await forEachTable(of: &batch) { _, table, _ in
             self.checkFlags(table, &wrongEntries, dataCount)
         }
-        if mendsErrors, wrong + wrongEntries > 0 { try await file.flush() }
+        if mendsFlags, wrong + wrongEntries > 0 { try await file.flush() }
         return wrong + wrongEntries
     }
 }

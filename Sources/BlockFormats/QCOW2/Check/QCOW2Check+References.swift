@@ -47,11 +47,16 @@ extension QCOW2Check {
     }
 
     private func countEncryptionHeader(_ counts: QCOW2ReferenceCounts) {
-        guard header.encryptionMethod == 2,
+        guard header.encryptionMethod == 2 else { return }
+        guard
             let data = header.extensions.first(where: {
                 $0.type == QCOW2.HeaderExtension.encryptionHeader
             })?.data, data.count >= 16
-        else { return }
+        else {
+            // The keys are lost: nothing that a repair could mend.
+            corruption("the image is encrypted, and the encryption header has no place")
+            return
+        }
         let place = data.withUnsafeBytes { bytes in
             ByteRange(
                 checking: bytes.bigEndian(at: 0, as: UInt64.self),
@@ -60,6 +65,9 @@ extension QCOW2Check {
         guard let place else {
             corruption("the encryption header has no place that a file has")
             return
+        }
+        if !place.offset.isAligned(to: geometry.clusterSize) {
+            corruption("the encryption header is at \(place.offset), which is no cluster")
         }
         region(place.offset, place.count, "the encryption header", counts)
     }

@@ -101,6 +101,8 @@ final class QCOW2Check {
     var isComparedOnce = false
     /// One past the highest cluster that is counted or referred to.
     var usedEnd = 0
+    /// Leaks are repaired, and nothing but flags is wrong besides.
+    var flagsAreAlone = false
     var highestReferenced = -1
 
     init(
@@ -118,6 +120,8 @@ final class QCOW2Check {
 
     var clusterBits: Int { geometry.clusterBits }
     var mendsErrors: Bool { repair.contains(.errors) }
+    /// Flags that follow from refcounts are set right with these.
+    var mendsFlags: Bool { mendsErrors || flagsAreAlone }
     var hasExtendedEntries: Bool { header.incompatible.contains(.extendedL2) }
     var hasDataFile: Bool { header.incompatible.contains(.externalData) }
     /// Bytes of one entry of an L2 table.
@@ -140,6 +144,7 @@ final class QCOW2Check {
         refcountTable = try await table(
             header.refcountTableOffset, header.refcountTableClusters << (clusterBits - 3))
         if mendsErrors { collectFixedStructures() }
+        try await checkFeatures()
         try await readSnapshots()
         try await readBitmaps()
         if mendsErrors { collectFixedStructures() }
@@ -152,6 +157,26 @@ final class QCOW2Check {
         }
         report.imageEndOffset = usedEnd << clusterBits
         return report
+    }
+
+    /// Fields that make no sense beside another.
+    private func checkFeatures() async throws(BlockError) {
+        var isWrong = false
+        if header.autoclear.contains(.rawExternalData), !hasDataFile {
+            corruption(
+                "an external data file is said to be raw, and there is none", mended: mendsErrors)
+            header.autoclear.remove(.rawExternalData)
+            isWrong = true
+        }
+        // Nobody reads a table of no snapshots; but readers look at where it is said to be.
+        let start = try await read(0, 512)
+        let table: UInt64 = UnsafeRawBufferPointer(start.bytes).bigEndian(at: 64)
+        let isPlace = table >> 63 == 0 && Int(table).isAligned(to: geometry.clusterSize)
+        if header.snapshotCount == 0, !isPlace {
+            corruption("the table of no snapshots is at \(table)", mended: mendsErrors)
+            isWrong = true
+        }
+        if isWrong, mendsErrors { try await patchHeader() }
     }
 
     /// Counts and compares, one window after the other.

@@ -1,5 +1,5 @@
 import BlockCore
-import CGnuTLS
+import CLibcrypto
 
 /// AES with keys of 256 bits, in cipher block chaining, padded as PKCS #7 says (RFC 5652 §6.3): what
 /// secrets are encrypted with.
@@ -43,30 +43,15 @@ public enum AES256CBC {
     private static func decryptBlocks(
         _ ciphertext: [UInt8], _ key: [UInt8], _ vector: [UInt8]
     ) throws(BlockError) -> [UInt8] {
-        if let reason = merino_gnutls_load() {
-            throw BlockError(
-                .unsupported, "encrypted secrets need GnuTLS: \(String(cString: reason))",
-                remedy: "install Debian's libgnutls30")
+        try CryptoLibrary.load()
+        guard let cipher = merino_cipher_new("AES-256-CBC", key, key.count, 0) else {
+            throw BlockError(.unsupported, "the crypto library has no AES-256-CBC")
         }
-        var (key, vector) = (key, vector)
+        defer { merino_cipher_free(cipher) }
         var plaintext = [UInt8](repeating: 0, count: ciphertext.count)
-        let result = key.withUnsafeMutableBufferPointer { key in
-            vector.withUnsafeMutableBufferPointer { vector -> Int32 in
-                var keyDatum = gnutls_datum_t(data: key.baseAddress, size: UInt32(key.count))
-                var vectorDatum = gnutls_datum_t(
-                    data: vector.baseAddress, size: UInt32(vector.count))
-                var cipher: gnutls_cipher_hd_t?
-                let opened = gnutls_cipher_init(
-                    &cipher, GNUTLS_CIPHER_AES_256_CBC, &keyDatum, &vectorDatum)
-                guard opened == 0, let cipher else { return opened == 0 ? -1 : opened }
-                defer { gnutls_cipher_deinit(cipher) }
-                return gnutls_cipher_decrypt2(
-                    cipher, ciphertext, ciphertext.count, &plaintext, plaintext.count)
-            }
-        }
-        guard result == 0 else {
-            throw BlockError(
-                .invalidArgument, "cannot decrypt: \(TLSCredentials.describe(result))")
+        guard merino_cipher_run(cipher, vector, ciphertext, &plaintext, ciphertext.count) == 0
+        else {
+            throw BlockError(.inputOutput, "the crypto library failed to decrypt")
         }
         return plaintext
     }
