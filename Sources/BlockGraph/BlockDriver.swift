@@ -55,7 +55,8 @@ public struct DriverDescription: Sendable {
 
 /// One open node's driver.
 ///
-/// Thread rule: everything is called on the thread of the graph. Requests that arrive here crossed an
+/// Thread rule: everything is called on the thread of the graph, which may be another one after a drain: ask
+/// the node each time (``BlockNode/thread``), and start what may outlast a request by its ``BlockNode/seat``. Requests that arrive here crossed an
 /// edge: within the node's size, aligned to its limits, permitted. They reach children through
 /// `Edge`s, never directly. Several are in flight at once; between two `await`s nothing else runs.
 ///
@@ -180,6 +181,14 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// Finishes internal work that is under way; no requests of users are.
     func settle() async
 
+    /// The node, drained, is to go on on another thread, together with `nodes`, all that it is joined to.
+    ///
+    /// - Throws: why it cannot.
+    func checkMove(with nodes: [BlockNode]) throws(BlockError)
+    /// It goes on there. What it has of its own that belongs to a thread goes along; tasks of
+    /// ``BlockNode/seat`` do so by themselves.
+    func moves(to thread: IOThread)
+
     /// Changes properties of the image; see ``BlockGraph/amend(_:_:)``. No requests of users are in
     /// flight.
     func amend(_ amendment: ImageAmendment) async throws(BlockError)
@@ -220,6 +229,8 @@ extension BlockDriver {
     public func drainEnds() {}
     public func childLimitsChanged(_ edge: Edge) {}
     public func settle() async {}
+    public func checkMove(with nodes: [BlockNode]) throws(BlockError) {}
+    public func moves(to thread: IOThread) {}
     public func amend(_ amendment: ImageAmendment) async throws(BlockError) {
         throw BlockError(.unsupported, "images of this driver cannot be amended")
     }

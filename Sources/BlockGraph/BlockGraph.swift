@@ -4,6 +4,9 @@ import QMP
 
 /// All nodes of one ``IOThread``, and what may be done with them. Confined to that thread.
 ///
+/// A process may have several, one for each thread; those that share names, objects and passed files (see
+/// ``init(on:besides:)``) can exchange nodes: ``move(_:to:)``. Nodes that edges join are in one graph.
+///
 /// Nodes live while somebody holds them. Dropping a hold or an edge closes nothing by itself:
 /// ``collect()`` closes what nobody holds any more, children after parents, and reports what could
 /// not be made durable. Whoever gives up the last use of a node closes that node and what it alone
@@ -14,19 +17,26 @@ public final class BlockGraph: @unchecked Sendable {
     /// In the order they were opened.
     public private(set) var nodes: [BlockNode] = []
     private var byName: [String: BlockNode] = [:]
-    private var lastAutomaticName = 0
-    /// What options of nodes refer to, by identifier; see `addObject` and `removeObject`.
-    public internal(set) var objects: [String: any GraphObject] = [:]
+    /// Names, objects and passed files: also those of the other graphs.
+    let commons: GraphCommons
     /// Told when an image turns out to be corrupt while it is in use, once for each node.
     public var corruptionObserver: ((BlockNode, ImageCorruption) -> Void)?
     /// Files that clients opened and passed in.
-    public let descriptorSets = DescriptorSets()
+    public var descriptorSets: DescriptorSets { commons.descriptorSets }
     /// Of sections that are drained right now.
-    private var drains: [DrainSection] = []
+    var drains: [DrainSection] = []
 
     public init(on thread: IOThread, registry: DriverRegistry) {
         self.thread = thread
         self.registry = registry
+        commons = GraphCommons()
+    }
+
+    /// A graph on another thread, that shares names, objects and passed files with `other`.
+    public init(on thread: IOThread, besides other: BlockGraph) {
+        self.thread = thread
+        registry = other.registry
+        commons = other.commons
     }
 
     public func node(named name: String) -> BlockNode? { byName[name] }
@@ -34,6 +44,9 @@ public final class BlockGraph: @unchecked Sendable {
     /// - Throws: `notFound`.
     public func requireNode(named name: String) throws(BlockError) -> BlockNode {
         guard let node = byName[name] else {
+            guard commons.graph(ofNode: name) == nil else {
+                throw BlockError(.busy, "the node is on another I/O thread", node: name)
+            }
             throw BlockError(.notFound, "there is no node '\(name)'")
         }
         guard node.isReady else { throw BlockError(.busy, "the node is being opened", node: name) }
@@ -67,9 +80,6 @@ public final class BlockGraph: @unchecked Sendable {
         guard nesting < Limits.jsonDepthMax else {
             throw BlockError(.exhausted, "node options nest deeper than \(Limits.jsonDepthMax)")
         }
-        guard nodes.count < Limits.nodeCountMax else {
-            throw BlockError(.exhausted, "there are \(Limits.nodeCountMax) nodes already")
-        }
         let reader = try OptionReader(options, of: "the node")
         guard let driverName = try reader.string("driver") else {
             throw BlockError(
@@ -82,8 +92,9 @@ public final class BlockGraph: @unchecked Sendable {
         let node = BlockNode(
             name: name, graph: self, description: description,
             options: try NodeOptions(reading: reader, inheriting: inherited))
-        if case .object(let given) = options { node.openedWith = given }
         // Known from here on, so that nothing else takes the name while it opens.
+        try commons.take(name, for: self)
+        if case .object(let given) = options { node.openedWith = given }
         nodes.append(node)
         byName[name] = node
         node.hold("opening")
@@ -114,8 +125,7 @@ public final class BlockGraph: @unchecked Sendable {
                     .invalidArgument, "option 'node-name' is missing",
                     remedy: "name the node, so that it can be referred to")
             }
-            repeat { lastAutomaticName += 1 } while byName[automaticName] != nil
-            return automaticName
+            return commons.automaticName()
         }
         guard Self.isValidName(name) else {
             throw BlockError(
@@ -123,15 +133,10 @@ public final class BlockGraph: @unchecked Sendable {
                 remedy: "begin with a letter, go on with letters, digits, '-', '.', '_'; "
                     + "\(Limits.nodeNameLengthMax) characters at most")
         }
-        guard byName[name] == nil else {
+        guard commons.graph(ofNode: name) == nil else {
             throw BlockError(.alreadyExists, "there is a node '\(name)' already")
         }
         return name
-    }
-
-    private var automaticName: String {
-        let digits = String(lastAutomaticName)
-        return "#block" + String(repeating: "0", count: max(0, 3 - digits.count)) + digits
     }
 
     /// A letter, then letters, digits, `-`, `.`, `_`.
@@ -144,6 +149,22 @@ public final class BlockGraph: @unchecked Sendable {
                 isLetter(byte) || (byte >= 0x30 && byte <= 0x39)
                     || byte == 0x2d || byte == 0x2e || byte == 0x5f
             }
+    }
+
+    // MARK: Moves; see `GraphMove.swift`
+
+    /// Takes nodes that go to another graph off the tables.
+    func forget(_ leaving: Set<ObjectIdentifier>) {
+        for node in nodes where leaving.contains(ObjectIdentifier(node)) { byName[node.name] = nil }
+        nodes.removeAll { leaving.contains(ObjectIdentifier($0)) }
+    }
+
+    /// Takes in nodes that came from another graph, and the drains that they are in.
+    func arrive(_ component: [BlockNode], _ sections: [DrainSection]) {
+        thread.preconditionOnThread()
+        nodes += component
+        for node in component { byName[node.name] = node }
+        drains += sections
     }
 
     // MARK: Users
@@ -216,6 +237,7 @@ public final class BlockGraph: @unchecked Sendable {
     ///
     /// - Throws: the first failure to make something durable; everything is closed all the same.
     public func collect() async throws(BlockError) {
+        thread.preconditionOnThread()
         try await closeUnheld(nodes)
     }
 
@@ -253,6 +275,7 @@ public final class BlockGraph: @unchecked Sendable {
         for node in candidates where !node.isHeld && byName[node.name] === node {
             nodes.removeAll { $0 === node }
             byName[node.name] = nil
+            commons.letGo(node.name)
             taken.append(node)
         }
         return taken
@@ -263,93 +286,9 @@ public final class BlockGraph: @unchecked Sendable {
         for node in nodes { node.isMonitorOwned = false }
         try await collect()
     }
-
-    // MARK: Drain
-
-    /// Runs `body` while no request of a user is in flight in `nodes` or above them.
-    public func drained<T>(
-        _ nodes: [BlockNode], _ body: () async throws(BlockError) -> T
-    ) async throws(BlockError) -> T {
-        let section = await beginDrain(nodes)
-        defer { endDrain(section) }
-        return try await body()
-    }
-
-    /// Holds back all users of `nodes`, waits for their requests, and lets drivers settle.
-    public func beginDrain(_ nodes: [BlockNode]) async -> DrainSection {
-        let section = DrainSection(nodes)
-        drains.append(section)
-        for edge in section.roots { edge.closeGate() }
-        section.begin()
-        for edge in section.roots { await edge.untilIdle() }
-        for node in section.around where node.isOpen { await node.driver.settle() }
-        return section
-    }
-
-    public func endDrain(_ section: DrainSection) {
-        drains.removeAll { $0 === section }
-        section.end()
-        for edge in section.roots { edge.openGate() }
-    }
-
-    /// A user that comes while the graph below it is drained waits like the others.
-    func joinDrains(_ edge: Edge) {
-        for section in drains where section.nodes.contains(where: { edge.node.reaches($0) }) {
-            edge.closeGate()
-            section.roots.append(edge)
-        }
-    }
-}
-
-/// Users held back while the graph changes.
-public final class DrainSection {
-    let nodes: [BlockNode]
-    var roots: [Edge]
-    /// The nodes, those above and those below, parents first: what may have work under way.
-    let around: [BlockNode]
-    /// The drivers that were told that the drain begins.
-    private var told: [any BlockDriver] = []
-
-    init(_ nodes: [BlockNode]) {
-        self.nodes = nodes
-        let above = Self.closure(of: nodes) { $0.parents.compactMap(\.parentNode) }
-        roots = above.flatMap { $0.parents.filter(\.isRoot) }
-        around = Self.closure(of: above) { $0.children.map(\.node) }
-            .sorted { $0.depth < $1.depth }
-    }
-
-    fileprivate func begin() {
-        told = around.filter(\.isOpen).map(\.driver)
-        for driver in told { driver.drainBegins() }
-    }
-
-    fileprivate func end() {
-        for driver in told { driver.drainEnds() }
-        told = []
-    }
-
-    /// The nodes and all that `next` leads to from them.
-    fileprivate static func closure(
-        of nodes: [BlockNode], _ next: (BlockNode) -> [BlockNode]
-    ) -> [BlockNode] {
-        var result: [BlockNode] = []
-        var seen = Set<ObjectIdentifier>()
-        var rest = nodes
-        while let node = rest.popLast() {
-            guard seen.insert(ObjectIdentifier(node)).inserted else { continue }
-            result.append(node)
-            rest.append(contentsOf: next(node))
-        }
-        return result
-    }
 }
 
 extension BlockNode {
-    /// The node and all below it.
-    var nodesBelow: [BlockNode] {
-        DrainSection.closure(of: [self]) { $0.children.map(\.node) }
-    }
-
     /// Keeps the node alive for `reason`, as queries show it.
     public func hold(_ reason: String) {
         temporaryHolds[reason, default: 0] += 1

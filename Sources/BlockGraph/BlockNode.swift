@@ -12,8 +12,11 @@ import QMP
 ///    they are is there to be asked.
 public final class BlockNode: @unchecked Sendable {
     public let name: String
-    public unowned let graph: BlockGraph
-    public let thread: IOThread
+    public private(set) unowned var graph: BlockGraph
+    /// That of its graph.
+    public private(set) var thread: IOThread
+    /// Where its own work runs that is no part of a request: it moves along with the node.
+    public let seat: IOSeat
     public let description: DriverDescription
     /// The options it was opened with, children by name.
     public internal(set) var options: NodeOptions
@@ -82,6 +85,13 @@ public final class BlockNode: @unchecked Sendable {
         self.description = description
         self.options = options
         thread = graph.thread
+        seat = IOSeat(on: graph.thread)
+    }
+
+    /// The last step but one of a move: the seat follows.
+    func join(_ other: BlockGraph) {
+        graph = other
+        thread = other.thread
     }
 
     func setDriver(_ driver: any BlockDriver) {

@@ -1,4 +1,5 @@
 import BlockCore
+import Synchronization
 
 #if canImport(Glibc)
 import Glibc
@@ -9,9 +10,9 @@ import Darwin
 #endif
 
 /// Sets of open files that somebody passed in, for files that this process may not open by itself:
-/// opening `/dev/fdset/ID` opens what the member of the set is whose access mode is the one wanted.
-/// Confined to the graph's thread.
-public final class DescriptorSets: @unchecked Sendable {
+/// opening `/dev/fdset/ID` opens what the member of the set is whose access mode is the one wanted. From any
+/// thread.
+public final class DescriptorSets: Sendable {
     public struct Member: Sendable {
         public let descriptor: Int32
         /// What whoever passed it wrote to it.
@@ -26,10 +27,16 @@ public final class DescriptorSets: @unchecked Sendable {
     static let memberCountMax = 64
     private static let prefix = "/dev/fdset/"
 
+    private struct State {
+        /// In the order of their identifiers.
+        var sets: [Set] = []
+        /// By the member's descriptor.
+        var loans: [Int32: LoanRecord] = [:]
+    }
+    private let state = Mutex(State())
+
     /// In the order of their identifiers.
-    public private(set) var all: [Set] = []
-    /// By the member's descriptor.
-    private var loans: [Int32: LoanRecord] = [:]
+    public var all: [Set] { state.withLock { $0.sets } }
 
     init() {}
 
@@ -45,51 +52,55 @@ public final class DescriptorSets: @unchecked Sendable {
     public func add(
         _ descriptor: Int32, to wanted: Int?, note: String?
     ) throws(BlockError) -> Int {
-        let identifier = wanted ?? freeIdentifier
-        guard identifier >= 0 else {
-            throw BlockError(.invalidArgument, "a set cannot be called \(identifier)")
-        }
-        let member = Member(descriptor: descriptor, note: note)
-        if let place = all.firstIndex(where: { $0.identifier == identifier }) {
-            guard all[place].members.count < Self.memberCountMax else {
-                throw BlockError(.exhausted, "the set \(identifier) is full")
+        try state.withLock { state throws(BlockError) in
+            let identifier = wanted ?? Self.freeIdentifier(state.sets)
+            guard identifier >= 0 else {
+                throw BlockError(.invalidArgument, "a set cannot be called \(identifier)")
             }
-            all[place].members.append(member)
-        } else {
-            guard all.count < Self.setCountMax else {
-                throw BlockError(.exhausted, "there are \(Self.setCountMax) sets already")
+            let member = Member(descriptor: descriptor, note: note)
+            if let place = state.sets.firstIndex(where: { $0.identifier == identifier }) {
+                guard state.sets[place].members.count < Self.memberCountMax else {
+                    throw BlockError(.exhausted, "the set \(identifier) is full")
+                }
+                state.sets[place].members.append(member)
+            } else {
+                guard state.sets.count < Self.setCountMax else {
+                    throw BlockError(.exhausted, "there are \(Self.setCountMax) sets already")
+                }
+                state.sets.append(Set(identifier: identifier, members: [member]))
+                state.sets.sort { $0.identifier < $1.identifier }
             }
-            all.append(Set(identifier: identifier, members: [member]))
-            all.sort { $0.identifier < $1.identifier }
+            return identifier
         }
-        return identifier
     }
 
-    private var freeIdentifier: Int {
+    private static func freeIdentifier(_ sets: [Set]) -> Int {
         var free = 0
-        for set in all where set.identifier == free { free += 1 }
+        for set in sets where set.identifier == free { free += 1 }
         return free
     }
 
     /// Closes one descriptor of a set, or all. Those opened from it stay open.
     public func remove(_ descriptor: Int?, from identifier: Int) throws(BlockError) {
-        guard let place = all.firstIndex(where: { $0.identifier == identifier }) else {
-            throw BlockError(.notFound, "there is no set \(identifier)")
-        }
-        let gone = all[place].members.filter {
-            descriptor == nil || Int($0.descriptor) == descriptor
-        }
-        guard !gone.isEmpty else {
-            throw BlockError(
-                .notFound, "the set \(identifier) has no descriptor \(descriptor ?? -1)")
-        }
-        all[place].members.removeAll { member in
-            gone.contains { $0.descriptor == member.descriptor }
-        }
-        if all[place].members.isEmpty { all.remove(at: place) }
-        for member in gone {
-            loans[member.descriptor] = nil
-            close(member.descriptor)
+        try state.withLock { state throws(BlockError) in
+            guard let place = state.sets.firstIndex(where: { $0.identifier == identifier }) else {
+                throw BlockError(.notFound, "there is no set \(identifier)")
+            }
+            let gone = state.sets[place].members.filter {
+                descriptor == nil || Int($0.descriptor) == descriptor
+            }
+            guard !gone.isEmpty else {
+                throw BlockError(
+                    .notFound, "the set \(identifier) has no descriptor \(descriptor ?? -1)")
+            }
+            state.sets[place].members.removeAll { member in
+                gone.contains { $0.descriptor == member.descriptor }
+            }
+            if state.sets[place].members.isEmpty { state.sets.remove(at: place) }
+            for member in gone {
+                state.loans[member.descriptor] = nil
+                close(member.descriptor)
+            }
         }
     }
 
@@ -119,7 +130,21 @@ public final class DescriptorSets: @unchecked Sendable {
     }
 
     /// A descriptor of the caller's own; it shares the member's open file description.
+    ///
+    /// - Throws: `notFound` when the member was removed.
     public func duplicate(_ member: Member, as path: String) throws(BlockError) -> Int32 {
+        try state.withLock { state throws(BlockError) in
+            try Self.duplicate(member, of: state, as: path)
+        }
+    }
+
+    private static func duplicate(
+        _ member: Member, of state: State, as path: String
+    ) throws(BlockError) -> Int32 {
+        let isThere = state.sets.contains {
+            $0.members.contains { $0.descriptor == member.descriptor }
+        }
+        guard isThere else { throw BlockError(.notFound, "'\(path)' was removed") }
         let copy = fcntl(member.descriptor, F_DUPFD_CLOEXEC, 0)
         guard copy >= 0 else { throw .system("cannot use '\(path)'", errno) }
         return copy
@@ -140,16 +165,16 @@ public final class DescriptorSets: @unchecked Sendable {
 
     /// - Throws: `busy` while somebody has it, `notFound` when it was removed.
     public func borrow(_ member: Member, as path: String) throws(BlockError) -> Loan {
-        guard all.contains(where: { $0.members.contains { $0.descriptor == member.descriptor } })
-        else { throw BlockError(.notFound, "'\(path)' was removed") }
-        guard loans[member.descriptor]?.loan == nil else {
-            throw BlockError(
-                .busy,
-                "'\(path)' is in use by another node, and this process may not open the file anew",
-                remedy: "pass in an opening of its own for each node")
+        try state.withLock { state throws(BlockError) in
+            guard state.loans[member.descriptor]?.loan == nil else {
+                throw BlockError(
+                    .busy,
+                    "'\(path)' is in use by another node, and this process may not open the file anew",
+                    remedy: "pass in an opening of its own for each node")
+            }
+            let loan = Loan(try Self.duplicate(member, of: state, as: path))
+            state.loans[member.descriptor] = LoanRecord(loan: loan)
+            return loan
         }
-        let loan = Loan(try duplicate(member, as: path))
-        loans[member.descriptor] = LoanRecord(loan: loan)
-        return loan
     }
 }

@@ -75,6 +75,13 @@ public final class DirtyBitmap: WriteObserver {
         bits = ClusterBitmap(count: count)
     }
 
+    /// Another one with the same bits, on no node.
+    public func copy() throws(BlockError) -> DirtyBitmap {
+        let other = try DirtyBitmap(name: name, granularity: granularity, size: size)
+        other.contents = contents
+        return other
+    }
+
     /// One of which nothing but its existence is known.
     ///
     /// - Throws: as the initialiser.

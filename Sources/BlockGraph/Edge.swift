@@ -1,4 +1,5 @@
 import BlockCore
+import BlockIO
 
 /// Someone outside the graph who uses a node: an export, a job, an image command.
 public protocol NodeUser: AnyObject {
@@ -6,10 +7,24 @@ public protocol NodeUser: AnyObject {
     var userDescription: String { get }
     /// The node has another size now.
     func nodeResized(_ edge: Edge)
+
+    /// The node, drained, is to go on on another thread, together with `nodes`, all that it is joined to.
+    ///
+    /// - Throws: why the user cannot follow it: the default, for one that does not say otherwise.
+    func checkMove(with nodes: [BlockNode]) throws(BlockError)
+    /// It goes on there, and the user too: what it has that belongs to a thread goes along.
+    ///
+    /// - Returns: the seats of its tasks, for the caller to move when all else is done.
+    func moves(to thread: IOThread) -> [IOSeat]
 }
 
 extension NodeUser {
     public func nodeResized(_ edge: Edge) {}
+
+    public func checkMove(with nodes: [BlockNode]) throws(BlockError) {
+        throw BlockError(.busy, "\(userDescription) uses it and cannot move along")
+    }
+    public func moves(to thread: IOThread) -> [IOSeat] { [] }
 }
 
 /// A plain user with a name.

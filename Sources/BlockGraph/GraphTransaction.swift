@@ -31,6 +31,7 @@ public final class GraphTransaction {
         _ child: BlockNode, to parent: Edge.Parent, as name: String, roles: ChildRole = [],
         access: Access = .none
     ) throws(BlockError) -> Edge {
+        try requireHere(child)
         if case .node(let node) = parent {
             guard !child.reaches(node) else {
                 throw BlockError(
@@ -69,6 +70,8 @@ public final class GraphTransaction {
     public func replace(_ edge: Edge, with node: BlockNode) throws(BlockError) {
         let old = edge.node
         guard old !== node else { return }
+        try requireHere(old)
+        try requireHere(node)
         if let parent = edge.parentNode, parent.isOpen {
             try parent.driver.checkReplacement(of: edge)
         }
@@ -146,6 +149,13 @@ public final class GraphTransaction {
     private func undoAll() {
         for step in undoSteps.reversed() { step() }
         undoSteps = []
+    }
+
+    /// Joined nodes are on one thread.
+    private func requireHere(_ node: BlockNode) throws(BlockError) {
+        guard node.graph === graph else {
+            throw BlockError(.busy, "the node is on another I/O thread", node: node.name)
+        }
     }
 
     // MARK: Links

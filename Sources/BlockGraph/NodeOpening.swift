@@ -33,7 +33,7 @@ public final class NodeOpening {
         case .null:
             return nil
         case .string(let reference):
-            child = try node.graph.requireNode(named: reference)
+            child = try await node.graph.fetchNode(named: reference)
         default:
             isOpenedHere = true
             child = try await node.graph.openUnheld(

@@ -21,7 +21,7 @@ extension BlockGraph {
     /// - Parameter list: options as for opening, complete, each with the `node-name` of an open node.
     /// - Throws: with everything as it was.
     public func reopen(_ list: [JSONValue]) async throws(BlockError) {
-        let plan = try ReopeningPlan(list, of: self)
+        let plan = try await ReopeningPlan(list, of: self)
         let held = plan.steps.map(\.node)
         // A child that is replaced goes when all is done.
         for node in held { node.hold("reopening") }
@@ -44,7 +44,7 @@ private struct ReopeningPlan {
     /// Parents before the children that follow them.
     private(set) var steps: [NodeReopening] = []
 
-    init(_ list: [JSONValue], of graph: BlockGraph) throws(BlockError) {
+    init(_ list: [JSONValue], of graph: BlockGraph) async throws(BlockError) {
         self.graph = graph
         for value in list {
             guard case .object(let given) = value, case .string(let name)? = given["node-name"]
@@ -64,7 +64,7 @@ private struct ReopeningPlan {
         }
         var index = 0
         while index < steps.count {
-            try addChildren(of: steps[index])
+            try await addChildren(of: steps[index])
             index += 1
         }
         // Each with the parents of it that take part before it.
@@ -83,12 +83,12 @@ private struct ReopeningPlan {
 
     // MARK: Children
 
-    private mutating func addChildren(of step: NodeReopening) throws(BlockError) {
+    private mutating func addChildren(of step: NodeReopening) async throws(BlockError) {
         let node = step.node
         for (key, value) in step.given.members where step.isChild(key) {
             // Read here, so that nobody takes it for an unknown option.
             _ = try step.options.value(key)
-            try add(value, as: key, to: step)
+            try await add(value, as: key, to: step)
         }
         for edge in node.children where step.given[edge.name] == nil {
             guard !edge.roles.contains(.cow) else {
@@ -103,7 +103,7 @@ private struct ReopeningPlan {
 
     private mutating func add(
         _ value: JSONValue, as key: String, to step: NodeReopening
-    ) throws(BlockError) {
+    ) async throws(BlockError) {
         let edge = step.node.child(named: key)
         switch (value, edge) {
         case (.null, let edge?):
@@ -114,7 +114,7 @@ private struct ReopeningPlan {
             step.childChanges.append(.detach(edge))
         case (.null, nil): return
         case (.string(let name), let edge?):
-            let node = try graph.requireNode(named: name)
+            let node = try await graph.fetchNode(named: name)
             if node !== edge.node {
                 step.childChanges.append(.replace(edge, node))
             } else if node.openedFor === edge {
@@ -122,7 +122,7 @@ private struct ReopeningPlan {
             }
         case (.string(let name), nil):
             step.childChanges.append(
-                .attach(try graph.requireNode(named: name), name: key, roles: .cow))
+                .attach(try await graph.fetchNode(named: name), name: key, roles: .cow))
         case (.object(let given), let edge?) where edge.node.openedFor === edge:
             try follow(edge, given, step)
         default:

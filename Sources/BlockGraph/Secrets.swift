@@ -129,7 +129,7 @@ extension BlockGraph {
     ///
     /// - Throws: `notFound`.
     public func secret(named name: String) throws(BlockError) -> SecretBytes {
-        guard let secret = objects[name] as? GraphSecret else {
+        guard let secret = object(name) as? GraphSecret else {
             throw BlockError(
                 .notFound, "there is no secret '\(name)'",
                 remedy: "add one: --object secret,id=\(name),file=…, or object-add")

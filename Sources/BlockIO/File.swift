@@ -8,7 +8,7 @@ import Musl
 import Darwin
 #endif
 
-/// An open file or block device on one ``IOThread``. Confined to that thread.
+/// An open file or block device on one ``IOThread`` at a time. Confined to that thread.
 ///
 /// Reads and writes are whole: short transfers are continued. What the page cache can serve goes
 /// without a trip through the engine; where that keeps failing or stalling, it is left off for a
@@ -19,7 +19,7 @@ import Darwin
 /// but the storage is this machine's own; never on network file systems (see ``ImmediateWrites``), and
 /// never for callers that have a deadline (``writesAtOnce``).
 public final class File: @unchecked Sendable {
-    public let thread: IOThread
+    public private(set) var thread: IOThread
     public let handle: IOHandle
     public let path: String
     /// Past the page cache.
@@ -87,6 +87,17 @@ public final class File: @unchecked Sendable {
         let file = File(thread: thread, handle: handle, path: path, isDirect: isDirect, immediate)
         file.owner = owner
         return file
+    }
+
+    /// Gives the file to another thread; the caller is on the one that has it, and no request is in flight.
+    public func move(to other: IOThread) {
+        thread.preconditionOnThread()
+        thread = other
+    }
+
+    /// Returns when nothing is under way but requests.
+    public func settle() async {
+        await untilDrops(atMost: 0)
     }
 
     /// Closes the file once. What was not synchronised is not made durable by this.

@@ -84,6 +84,10 @@ public protocol IOEngine: AnyObject {
     ///   0 does not wait; `nil` waits for as long as it takes.
     func poll(deadline: UInt64?, complete: (IOToken, Int) -> Void)
 
+    /// How long to look for completions before sleeping, at most; 0 sleeps at once. An engine that never
+    /// looks has nothing to set.
+    func setPolling(nanosecondsMax: UInt64)
+
     /// Ends a wait in ``poll(deadline:complete:)``, the current or the next one. From any thread.
     func wake()
 
@@ -110,6 +114,7 @@ extension IOEngine {
     public func submitAside(_ operation: IOOperation, _ token: IOToken) {
         submit(operation, token)
     }
+    public func setPolling(nanosecondsMax: UInt64) {}
     public func readNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? { nil }
     public func writeNow(
         _ handle: IOHandle, _ vector: IOVector, offset: Int, mayWait: Bool

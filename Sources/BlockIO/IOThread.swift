@@ -1,6 +1,10 @@
 import BlockCore
 import Synchronization
 
+#if os(Linux)
+import CLinux
+#endif
+
 #if canImport(Glibc)
 import Glibc
 #elseif canImport(Musl)
@@ -22,22 +26,36 @@ import Darwin
 /// 3. The thread sleeps only when nothing is ready; whoever adds to the mailbox wakes it.
 ///
 /// Tasks get here by `spawn` or `run`, which give them this thread as their executor preference: the
-/// async functions they call run here, without a hop, as long as they stay nonisolated.
+/// async functions they call run here, without a hop, as long as they stay nonisolated. Tasks of an
+/// ``IOSeat`` run here while the seat stands here.
 public final class IOThread: TaskExecutor, @unchecked Sendable {
     public let name: String
     private var engineBox: (any IOEngine)?
     private var thread = pthread_t(bitPattern: 0)
+    /// As the system's tools show the thread; 0 where they do not.
+    public private(set) var systemIdentifier = 0
 
     // Confined to the thread.
-    private var ready: [UnownedJob] = []
-    private var running: [UnownedJob] = []
+    private var ready: [ReadyJob] = []
+    private var running: [ReadyJob] = []
     private var pending = PendingTable()
     private var hooks: [any EndOfTurnHook] = []
+    private var isRetiring = false
     var timers = TimerQueue()
 
+    /// Something to run, and whose task it is: the thread's own, or a seat's.
+    private struct ReadyJob {
+        let job: UnownedJob
+        let seat: IOSeat?
+    }
+
     private struct Mailbox {
-        var jobs: [UnownedJob] = []
+        var jobs: [ReadyJob] = []
         var isStopping = false
+        /// Stops once nothing is pending.
+        var isRetiring = false
+        /// The loop has ended: nothing runs here any more.
+        var isOver = false
     }
     private let mailbox = Mutex(Mailbox())
     /// Set while the mailbox holds something, so that a busy turn need not lock to know.
@@ -61,6 +79,9 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
         let started = Latch<BlockError?>()
         let box = ThreadBody {
             self.thread = pthread_self()
+            #if os(Linux)
+            self.systemIdentifier = Int(linux_thread_identifier())
+            #endif
             do throws(BlockError) {
                 self.engineBox = try makeEngine()
             } catch {
@@ -128,12 +149,21 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
     }
 
     public func enqueue(_ job: consuming ExecutorJob) {
-        let job = UnownedJob(job)
+        enqueue(UnownedJob(job), of: nil)
+    }
+
+    @inline(__always)
+    func enqueue(_ job: UnownedJob, of seat: IOSeat?) {
+        let job = ReadyJob(job: job, seat: seat)
         if isCurrent {
             ready.append(job)
             return
         }
-        mailbox.withLock { $0.jobs.append(job) }
+        let isOver = mailbox.withLock { mailbox in
+            if !mailbox.isOver { mailbox.jobs.append(job) }
+            return mailbox.isOver
+        }
+        if isOver { return forward(job) }
         mailboxIsFull.store(true, ordering: .sequentiallyConsistent)
         if isAsleep.load(ordering: .sequentiallyConsistent) { wakeEngine() }
     }
@@ -147,6 +177,14 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
     /// work first. From any thread.
     public func stop() {
         mailbox.withLock { $0.isStopping = true }
+        mailboxIsFull.store(true, ordering: .sequentiallyConsistent)
+        wakeEngine()
+    }
+
+    /// Ends the loop once no operation is pending. Sleepers whose seat moved on go to sleep there; those
+    /// that are still here never resume. From any thread.
+    public func retire() {
+        mailbox.withLock { $0.isRetiring = true }
         mailboxIsFull.store(true, ordering: .sequentiallyConsistent)
         wakeEngine()
     }
@@ -208,6 +246,12 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
         }.get()
     }
 
+    /// How long an engine that polls looks for completions at most before the thread sleeps, in
+    /// nanoseconds; 0 has it sleep at once. On the thread only.
+    public func setPolling(nanosecondsMax: UInt64) {
+        engine.setPolling(nanosecondsMax: nanosecondsMax)
+    }
+
     /// Calls `hook` once at the end of this turn. On the thread only.
     public func atEndOfTurn(_ hook: any EndOfTurnHook) {
         hooks.append(hook)
@@ -222,14 +266,34 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
         let executor = asUnownedTaskExecutor()
         while true {
             if mailboxIsFull.load(ordering: .relaxed), !takeMail() { break }
+            if isRetiring, pending.isEmpty, ready.isEmpty { break }
             swap(&ready, &running)
-            for job in running { job.runSynchronously(on: executor) }
+            for job in running { run(job, executor) }
             running.removeAll(keepingCapacity: true)
             runHooks()
             timers.fire(now: timers.isEmpty ? 0 : engine.now)
             poll()
         }
-        mailbox.withLock { _ in engineBox = nil }
+        let late = mailbox.withLock { mailbox in
+            engineBox = nil
+            mailbox.isOver = true
+            return mailbox.jobs
+        }
+        for job in late { forward(job) }
+    }
+
+    /// Hands on what reached this thread when the seat had moved.
+    private func forward(_ ready: ReadyJob) {
+        guard let seat = ready.seat else { return }
+        let thread = seat.thread
+        if thread !== self { thread.enqueue(ready.job, of: seat) }
+    }
+
+    private func run(_ ready: ReadyJob, _ executor: UnownedTaskExecutor) {
+        guard let seat = ready.seat else { return ready.job.runSynchronously(on: executor) }
+        // The seat moved after the job became ready.
+        guard seat.thread === self else { return forward(ready) }
+        ready.job.runSynchronously(on: seat.asUnownedTaskExecutor())
     }
 
     private func poll() {
@@ -265,6 +329,10 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
         return mailbox.withLock { mailbox in
             ready.append(contentsOf: mailbox.jobs)
             mailbox.jobs.removeAll(keepingCapacity: true)
+            if mailbox.isRetiring, !isRetiring {
+                isRetiring = true
+                timers.evict()
+            }
             return !mailbox.isStopping
         }
     }
@@ -284,6 +352,8 @@ private struct PendingTable {
     }
     private var entries: [Entry] = []
     private var free: [UInt32] = []
+
+    var isEmpty: Bool { free.count == entries.count }
 
     mutating func insert(
         _ continuation: UnsafeContinuation<Int, Never>, _ operation: IOOperation

@@ -8,11 +8,14 @@ import Musl
 import Darwin
 #endif
 
-/// A connected stream socket on one ``IOThread``. Confined to that thread.
+/// A connected stream socket on one ``IOThread`` at a time. Confined to that thread.
 public final class Socket: @unchecked Sendable {
-    public let thread: IOThread
+    public private(set) var thread: IOThread
     public let handle: IOHandle
     private var isClosed = false
+    /// Operations that an engine has not completed.
+    private var pendingCount = 0
+    private var moveCount = 0
 
     /// Takes over a connected, non-blocking socket.
     public init(_ handle: IOHandle, on thread: IOThread) {
@@ -47,10 +50,31 @@ public final class Socket: @unchecked Sendable {
             return try check(result)
         }
         while true {
-            let result = await thread.perform(.receive(handle, vector))
+            let result = await perform(.receive(handle, vector))
             if result == -Int(EINTR) || result == -Int(EAGAIN) { continue }
             return try check(result)
         }
+    }
+
+    /// Performs an operation; where the socket moved meanwhile, `-EINTR` has the caller begin again.
+    private func perform(_ operation: IOOperation) async -> Int {
+        let moves = moveCount
+        pendingCount += 1
+        let result = await thread.perform(operation)
+        pendingCount -= 1
+        return result == -Int(ECANCELED) && moves != moveCount ? -Int(EINTR) : result
+    }
+
+    /// Gives the socket to another thread; the caller is on the one that has it. Operations that are
+    /// pending end there and begin again here, with nothing lost of the stream, as soon as the tasks that
+    /// wait for them go on: by then those must run on `other`, as an ``IOSeat``'s do.
+    public func move(to other: IOThread) {
+        thread.preconditionOnThread()
+        guard other !== thread else { return }
+        // Nothing is closed while something is pending: it is this socket that is meant.
+        if pendingCount > 0 { thread.engine.cancelAll(on: handle) }
+        thread = other
+        moveCount += 1
     }
 
     /// Fills all of `vector`.
@@ -82,7 +106,7 @@ public final class Socket: @unchecked Sendable {
                 guard !isClosed else {
                     throw BlockError(.disconnected, "the connection is closed")
                 }
-                result = await thread.perform(.send(handle, rest))
+                result = await perform(.send(handle, rest))
             }
             if result == -Int(EINTR) || result == -Int(EAGAIN) { continue }
             done += try check(result)
@@ -103,7 +127,7 @@ public final class Socket: @unchecked Sendable {
     public func untilTaken(nanosecondsMax: UInt64) async -> Bool {
         guard !isClosed else { return false }
         let start = thread.now
-        _ = await thread.perform(.awaitTaken(handle, nanosecondsMax: nanosecondsMax))
+        _ = await perform(.awaitTaken(handle, nanosecondsMax: nanosecondsMax))
         return thread.now &- start > Self.waitNanosecondsMin
     }
 

@@ -165,6 +165,10 @@ ssize_t linux_read_key(int serial, void *memory, size_t size) {
     return syscall(SYS_keyctl, keyctl_read, serial, memory, size, 0);
 }
 
+int linux_thread_identifier(void) {
+    return (int)syscall(SYS_gettid);
+}
+
 void linux_name_thread(const char *name) {
     char text[16];
     strncpy(text, name, sizeof text - 1);

@@ -7,19 +7,35 @@ import BlockIO
 import BlockProtocols
 import QMP
 
-/// What the daemon holds: the graph, the NBD server, exports, objects, jobs. Confined to its thread.
+/// What the daemon holds: the graphs, the NBD server, exports, objects, jobs. Confined to its main thread.
+///
+///     main thread:     clients · commands · server · tables        graph (nodes that are nowhere else)
+///     iothread a:                                                  graph
+///     iothread b:                                                  graph
 ///
 /// Each QMP command is a method in `Commands/`, from arguments as JSON to a result as JSON; how
-/// commands arrive is none of their business.
+/// commands arrive is none of their business. A command begins and ends on the main thread; where it touches
+/// nodes it visits their thread (`onThread(of:)`): there it leaves the daemon's own tables alone.
 public final class StorageDaemon: @unchecked Sendable {
     public let thread: IOThread
+    /// The main thread's.
     public let graph: BlockGraph
     var nbdServer: NBDServer?
+    private var tables = Tables()
     /// In the order they were added.
-    var exports: [ExportRecord] = []
-    var jobs: [ImageJob] = []
-    /// Secrets, credentials and the like, by identifier.
-    var objects: [String: DaemonObject] = [:]
+    var exports: [ExportRecord] {
+        get { onMainThread(\.exports) }
+        set { onMainThread(\.exports, set: newValue) }
+    }
+    var jobs: [ImageJob] {
+        get { onMainThread(\.jobs) }
+        set { onMainThread(\.jobs, set: newValue) }
+    }
+    /// Secrets, credentials, threads and the like, by identifier.
+    var objects: [String: DaemonObject] {
+        get { onMainThread(\.objects) }
+        set { onMainThread(\.objects, set: newValue) }
+    }
     /// What they were made with.
     var objectProperties: [String: ObjectProperties] = [:]
     /// By identifier.
@@ -34,6 +50,22 @@ public final class StorageDaemon: @unchecked Sendable {
     public var emit: (String, JSONValue) -> Void = { _, _ in }
     /// Called when a client asks the daemon to end.
     public var quit: () -> Void = {}
+
+    private struct Tables {
+        var exports: [ExportRecord] = []
+        var jobs: [ImageJob] = []
+        var objects: [String: DaemonObject] = [:]
+    }
+
+    private func onMainThread<T>(_ table: KeyPath<Tables, T>) -> T {
+        thread.preconditionOnThread()
+        return tables[keyPath: table]
+    }
+
+    private func onMainThread<T>(_ table: WritableKeyPath<Tables, T>, set value: T) {
+        thread.preconditionOnThread()
+        tables[keyPath: table] = value
+    }
 
     /// An export and the identifier that commands know it by.
     final class ExportRecord {
@@ -54,9 +86,19 @@ public final class StorageDaemon: @unchecked Sendable {
     public init(on thread: IOThread) {
         self.thread = thread
         graph = BlockGraph(on: thread, registry: Self.registry)
-        graph.corruptionObserver = { [unowned self] node, corruption in
-            emit("BLOCK_IMAGE_CORRUPTED", Self.eventData(node, corruption))
+        watch(graph)
+    }
+
+    /// Has events told of what happens in a graph. On its thread.
+    func watch(_ graph: BlockGraph) {
+        graph.corruptionObserver = { [weak self] node, corruption in
+            self?.post("BLOCK_IMAGE_CORRUPTED", Self.eventData(node, corruption))
         }
+    }
+
+    /// Emits an event, from any thread; those of one thread in their order.
+    func post(_ name: String, _ data: JSONValue) {
+        thread.spawn { [self] in emit(name, data) }
     }
 
     private static func eventData(_ node: BlockNode, _ corruption: ImageCorruption) -> JSONValue {
@@ -83,14 +125,20 @@ public final class StorageDaemon: @unchecked Sendable {
         let gone = exports
         exports = []
         for record in gone {
+            let export = record.export
             do throws(BlockError) {
-                try await record.export.close()
+                try await export.seat.visit { () throws(BlockError) in try await export.close() }
             } catch { failure = failure ?? error }
             emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)])
         }
         // What a job works on is its own until it ends; then its failure is its own too.
         for job in jobs { await job.task?.value }
-        do throws(BlockError) { try await graph.closeAll() } catch { failure = failure ?? error }
+        try await onEachThread { graph in
+            do throws(BlockError) { try await graph.closeAll() } catch {
+                failure = failure ?? error
+            }
+        }
+        for thread in ioThreads { thread.thread.retire() }
         if let failure { throw failure }
     }
 }

@@ -4,7 +4,8 @@ import BlockIO
 import BlockTLS
 import NBDProtocol
 
-/// One client of an ``NBDServer``. Confined to the server's thread.
+/// One client of an ``NBDServer``. Confined to where its seat stands: on the server's thread until the client
+/// has chosen an export, on the export's from then on, wherever that moves.
 ///
 ///     socket ─▶ NBDInput ─▶ rules ─▶ one task a request ─▶ edge ─▶ … ─▶ disk
 ///     socket ◀─ NBDOutput ◀─ reply ◀──────┘
@@ -31,7 +32,7 @@ final class NBDConnection: @unchecked Sendable {
     private static let gatherPauseCount = 16
 
     private unowned let server: NBDServer
-    private let thread: IOThread
+    let seat: IOSeat
     private let socket: Socket
     private var channel: any NBDChannel
     private let output: NBDOutput
@@ -51,11 +52,11 @@ final class NBDConnection: @unchecked Sendable {
 
     init(_ socket: Socket, server: NBDServer) {
         self.server = server
-        thread = socket.thread
+        seat = IOSeat(on: socket.thread)
         self.socket = socket
         channel = socket
-        output = NBDOutput(socket, thread: socket.thread)
-        closingTimer = IOTimer(on: socket.thread)
+        output = NBDOutput(socket, seat: seat)
+        closingTimer = IOTimer(on: seat)
         output.sent = { [unowned self] count in
             bytesInFlight -= count
             wakeForRoom()
@@ -76,7 +77,7 @@ final class NBDConnection: @unchecked Sendable {
     }
 
     private func limitClosing() {
-        thread.spawn { [self] in
+        seat.spawn { [self] in
             if await closingTimer.wait(nanoseconds: Self.closingNanosecondsMax) { abandon() }
         }
     }
@@ -98,7 +99,7 @@ final class NBDConnection: @unchecked Sendable {
         do throws(BlockError) {
             var input = try NBDInput()
             if let session = try await negotiate(&input), let export {
-                export.add(self)
+                await join(export)
                 // It may have been removed while the client made up its mind.
                 if let edge = export.edge { try await transmit(session, edge, &input) }
             }
@@ -120,12 +121,30 @@ final class NBDConnection: @unchecked Sendable {
         export?.remove(self)
     }
 
+    // MARK: Thread
+
+    /// Goes to where the export is, and becomes one of its connections.
+    private func join(_ export: NBDExport) async {
+        while !export.seat.isCurrent {
+            let thread = export.seat.thread
+            move(to: thread)
+            seat.move(to: thread)
+            await seat.arrive()
+        }
+        export.add(self)
+    }
+
+    /// All but the seat, which follows.
+    func move(to thread: IOThread) {
+        socket.move(to: thread)
+    }
+
     // MARK: Handshake
 
     private func negotiate(_ input: inout NBDInput) async throws(BlockError) -> NBDSession? {
-        let timer = IOTimer(on: thread)
+        let timer = IOTimer(on: seat)
         if server.handshakeNanoseconds > 0 {
-            thread.spawn { [self] in
+            seat.spawn { [self] in
                 if await timer.wait(nanoseconds: server.handshakeNanoseconds) { channel.shutdown() }
             }
         }
@@ -134,7 +153,7 @@ final class NBDConnection: @unchecked Sendable {
         var handshake = NBDHandshake(tls: credentials == nil ? .none : .required)
         try queue(NBDHandshake.greeting)
         while true {
-            switch handshake.advance(catalogue: server) {
+            switch handshake.advance(catalogue: await server.catalogue()) {
             case .receive:
                 guard try await input.receive(from: channel) else { return nil }
                 handshake.receive(input.bytes)
@@ -153,8 +172,10 @@ final class NBDConnection: @unchecked Sendable {
                 handshake.tlsEstablished()
             case .transmit(let bytes, let session):
                 try queue(bytes)
-                export = server.exportNamed(session.export.name)
                 try input.prepend(handshake.takeRemainder())
+                // From here on the way to the export is not interrupted: it may be removed at any wait.
+                await output.flush()
+                export = server.exportNamed(session.export.name)
                 return session
             case .close(let bytes, let reason):
                 try queue(bytes)
@@ -199,7 +220,7 @@ final class NBDConnection: @unchecked Sendable {
             turnCount += 1
             if turnCount == Self.turnRequestCountMax {
                 turnCount = 0
-                await thread.yield()
+                await Task.yield()
             }
             while input.available < headerCount {
                 await letRequestsGather()
@@ -270,7 +291,7 @@ final class NBDConnection: @unchecked Sendable {
         if execution.runNow(payload) { return }
         requestCount += 1
         bytesInFlight += cost
-        thread.spawn { [self] in
+        seat.spawn { [self] in
             await execution.run(payload)
             requestCount -= 1
             bytesInFlight -= cost

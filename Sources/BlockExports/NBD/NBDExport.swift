@@ -3,7 +3,7 @@ import BlockGraph
 import BlockIO
 import NBDProtocol
 
-/// A node that NBD clients see under a name. Confined to the graph's thread.
+/// A node that NBD clients see under a name. Confined to its node's thread, where its seat stands.
 public final class NBDExport: NodeUser, @unchecked Sendable {
     public let name: String
     public let description: String
@@ -13,7 +13,10 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
     let bitmaps: [Bitmap]
     /// Its use of the node; `nil` once the export is closed.
     public private(set) var edge: Edge?
-    let graph: BlockGraph
+    /// Moves with the node. From another thread, go there for whatever is not constant.
+    public let seat: IOSeat
+    /// It stays on its thread, and keeps the node there.
+    public let isFixed: Bool
     private var connections: [NBDConnection] = []
     private var sleepers: [UnsafeContinuation<Void, Never>] = []
     var canMultiConnect = true
@@ -54,7 +57,7 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
     ///   against one of the bitmaps: see ``checkBitmaps(_:of:writable:)``.
     public init(
         name: String, description: String = "", node: BlockNode, writable: Bool,
-        allocationDepth: Bool = false, bitmaps: [Bitmap] = []
+        allocationDepth: Bool = false, bitmaps: [Bitmap] = [], isFixed: Bool = false
     ) throws(BlockError) {
         guard name.utf8.count <= NBDLimits.stringBytesMax,
             description.utf8.count <= NBDLimits.stringBytesMax
@@ -68,7 +71,8 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
         isWritable = writable
         offersAllocationDepth = allocationDepth
         self.bitmaps = bitmaps
-        graph = node.graph
+        self.isFixed = isFixed
+        seat = IOSeat(on: node.thread)
         if writable, node.isReadOnly {
             throw BlockError(
                 .readOnly, "the node is read-only, the export '\(name)' is to be writable",
@@ -146,6 +150,27 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
             contexts: contexts)
     }
 
+    // MARK: Thread
+
+    public func checkMove(with nodes: [BlockNode]) throws(BlockError) {
+        guard !isFixed else {
+            throw BlockError(
+                .busy, "\(userDescription) was added with fixed-iothread=on",
+                remedy: "delete the export first")
+        }
+        for exported in bitmaps where !nodes.contains(where: { $0 === exported.node }) {
+            throw BlockError(
+                .busy,
+                "\(userDescription) tells of the dirty bitmap '\(exported.bitmap.name)' of node "
+                    + "'\(exported.node.name)', which stays")
+        }
+    }
+
+    public func moves(to thread: IOThread) -> [IOSeat] {
+        for connection in connections { connection.move(to: thread) }
+        return [seat] + connections.map(\.seat)
+    }
+
     // MARK: Connections
 
     func add(_ connection: NBDConnection) {
@@ -166,7 +191,7 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
 
     /// It is about to be closed: nothing holds back the requests that are waited for then.
     func beginClosing() {
-        if let edge { graph.beginDetach(edge) }
+        if let edge { edge.node.graph.beginDetach(edge) }
     }
 
     /// Ends its connections, waits for their requests, and lets go of the node.
@@ -182,6 +207,7 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
             exported.bitmap.release(from: userDescription)
             exported.node.release(userDescription)
         }
+        let graph = edge.node.graph
         try await graph.detach(edge)
         // The nodes of its bitmaps need not be below any more.
         if !bitmaps.isEmpty { try await graph.collect() }

@@ -9,7 +9,7 @@ import NBDProtocol
 /// Headers are written into shared memory, a buffer for many; data goes out from where it was read
 /// to. What the socket does not take at once is sent by a task, while new replies gather.
 final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
-    private let thread: IOThread
+    private let seat: IOSeat
     var channel: any NBDChannel
     private var gathered = IOVector()
     private var isScheduled = false
@@ -27,9 +27,9 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
     /// Bytes queued since ``takeQueuedBytes()``.
     private var queuedBytes = 0
 
-    init(_ channel: any NBDChannel, thread: IOThread) {
+    init(_ channel: any NBDChannel, seat: IOSeat) {
         self.channel = channel
-        self.thread = thread
+        self.seat = seat
     }
 
     /// Queues a message that `encode` writes into memory of `capacity` bytes, and data behind it.
@@ -82,10 +82,15 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
     private func schedule() {
         guard !isScheduled, !isSending else { return }
         isScheduled = true
-        thread.atEndOfTurn(self)
+        seat.thread.atEndOfTurn(self)
     }
 
     func endOfTurn() {
+        // The connection moved in this turn.
+        guard seat.isCurrent else {
+            seat.spawn { self.endOfTurn() }
+            return
+        }
         isScheduled = false
         push()
         // What was scheduled may have left with a piece, or never will: whoever waits must know.
@@ -107,7 +112,7 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
         if taken > 0 { sent(taken) }
         isSending = true
         let rest = all.slice(taken, all.count - taken)
-        thread.spawn { await self.sendRest(rest) }
+        seat.spawn { await self.sendRest(rest) }
     }
 
     private func sendRest(_ first: IOVector) async {

@@ -142,7 +142,7 @@ final class NBDSecureChannel: NBDChannel, @unchecked Sendable {
             try encrypt(vector.slice(done, count))
             done += count
             // Others get their turn between two pieces of much data.
-            if done < vector.count { await socket.thread.yield() }
+            if done < vector.count { await Task.yield() }
         }
     }
 

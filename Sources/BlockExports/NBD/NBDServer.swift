@@ -4,8 +4,9 @@ import BlockIO
 import BlockTLS
 import NBDProtocol
 
-/// An NBD server: listeners, exports by name, clients. Confined to its thread.
-public final class NBDServer: NBDExportCatalogue, @unchecked Sendable {
+/// An NBD server: listeners, exports by name, clients. Confined to its thread; each export, and the clients
+/// that use it, are on the thread of the export's node.
+public final class NBDServer: @unchecked Sendable {
     public struct Options: Sendable {
         /// Clients that have not begun to use an export by then are cut off; 0 waits for ever.
         public var handshakeSeconds = 10
@@ -73,9 +74,15 @@ public final class NBDServer: NBDExportCatalogue, @unchecked Sendable {
         exportsInOrder.first { $0.name.utf8.elementsEqual(name.utf8) }
     }
 
-    public var exports: [NBDExportInfo] { exportsInOrder.compactMap(\.info) }
-
-    public func export(named name: String) -> NBDExportInfo? { exportNamed(name)?.info }
+    /// What clients may be told of the exports.
+    func catalogue() async -> NBDFixedCatalogue {
+        var exports: [NBDExportInfo] = []
+        for export in exportsInOrder {
+            let info = try? await export.seat.visit { () throws(BlockError) in export.info }
+            if let info = info ?? nil { exports.append(info) }
+        }
+        return NBDFixedCatalogue(exports)
+    }
 
     // MARK: Clients
 
@@ -108,16 +115,19 @@ public final class NBDServer: NBDExportCatalogue, @unchecked Sendable {
         }
         let connection = NBDConnection(socket, server: self)
         connections.append(connection)
-        thread.spawn { [self] in
+        connection.seat.spawn { [self] in
             await connection.run()
-            connections.removeAll { $0 === connection }
-            if connections.isEmpty {
-                let woken = sleepers
-                sleepers = []
-                for continuation in woken { continuation.resume() }
-                lastClientLeft?()
-            }
+            thread.spawn { [self] in left(connection) }
         }
+    }
+
+    private func left(_ connection: NBDConnection) {
+        connections.removeAll { $0 === connection }
+        guard connections.isEmpty else { return }
+        let woken = sleepers
+        sleepers = []
+        for continuation in woken { continuation.resume() }
+        lastClientLeft?()
     }
 
     /// Stops listening, ends all clients and exports, and waits for them.
@@ -127,14 +137,16 @@ public final class NBDServer: NBDExportCatalogue, @unchecked Sendable {
         isStopped = true
         // Whoever is listed from here on is being stopped: nobody new comes in.
         for listener in listeners { listener.close() }
-        for connection in connections { connection.shutdown() }
-        for export in exportsInOrder { export.beginClosing() }
+        for connection in connections { connection.seat.spawn { connection.shutdown() } }
+        for export in exportsInOrder { export.seat.spawn { export.beginClosing() } }
         while !connections.isEmpty {
             await withUnsafeContinuation { sleepers.append($0) }
         }
         var failure: BlockError?
         for export in exportsInOrder {
-            do throws(BlockError) { try await export.close() } catch { failure = failure ?? error }
+            do throws(BlockError) {
+                try await export.seat.visit { () throws(BlockError) in try await export.close() }
+            } catch { failure = failure ?? error }
         }
         exportsInOrder = []
         if let failure { throw failure }

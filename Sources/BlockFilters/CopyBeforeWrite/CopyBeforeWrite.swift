@@ -333,9 +333,9 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
             try await work()
             return
         }
-        let race = CopyRace(on: node.thread)
+        let race = CopyRace(on: node.seat)
         copiesInFlight += 1
-        node.thread.spawn {
+        node.seat.spawn {
             do throws(BlockError) {
                 try await work()
                 race.finish(nil)
@@ -417,6 +417,12 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     public func settle() async {
         // What goes on for a snapshot that is broken may never end: guests do not wait for it.
         while copiesInFlight > 0, breakage == nil { await untilCopyEnds() }
+    }
+
+    public func checkMove(with nodes: [BlockNode]) throws(BlockError) {
+        guard copiesInFlight == 0 else {
+            throw BlockError(.busy, "copies to its target are still under way")
+        }
     }
 
     public func close() async throws(BlockError) {

@@ -6,8 +6,8 @@ final class CopyRace: @unchecked Sendable {
     private let timer: IOTimer
     private var outcome: Result<Void, BlockError>?
 
-    init(on thread: IOThread) {
-        timer = IOTimer(on: thread)
+    init(on seat: IOSeat) {
+        timer = IOTimer(on: seat)
     }
 
     /// The copy ended, with `error` if it failed.

@@ -65,7 +65,7 @@ public final class PreallocateFilter: FilterDriver, @unchecked Sendable {
 
     public func applyAccess(_ access: Access) {
         guard hasReserve, access.uses.isDisjoint(with: [.write, .resize]) else { return }
-        node.thread.spawn { [node] in
+        node.seat.spawn { [node] in
             try? await self.dropReserve()
             withExtendedLifetime(node) {}
         }

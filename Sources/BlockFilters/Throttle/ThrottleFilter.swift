@@ -11,13 +11,15 @@ public final class ThrottleFilter: FilterDriver, @unchecked Sendable {
     public private(set) var group: ThrottleGroup
     private let member: ThrottleMember
 
-    private init(_ node: BlockNode, _ child: Edge, _ group: ThrottleGroup) {
+    private init(
+        _ node: BlockNode, _ child: Edge, _ group: ThrottleGroup
+    ) throws(BlockError) {
         self.child = child
         self.group = group
         member = ThrottleMember(node.name)
         node.size = child.size
         node.limits = child.node.limits
-        group.add(member)
+        try group.add(member, on: node.thread)
     }
 
     static func open(_ opening: NodeOpening) async throws(BlockError) -> ThrottleFilter {
@@ -29,13 +31,13 @@ public final class ThrottleFilter: FilterDriver, @unchecked Sendable {
         _ = try group(name, in: opening.graph)
         let child = try await opening.requiredChild("file", roles: [.filtered, .primary])
         // Looked up again: it may have gone while the child was opened.
-        return ThrottleFilter(opening.node, child, try group(name, in: opening.graph))
+        return try ThrottleFilter(opening.node, child, try group(name, in: opening.graph))
     }
 
     private static func group(
         _ name: String, in graph: BlockGraph
     ) throws(BlockError) -> ThrottleGroup {
-        guard let group = graph.objects[name] as? ThrottleGroup else {
+        guard let group = graph.object(name) as? ThrottleGroup else {
             throw BlockError(
                 .notFound, "there is no throttle group '\(name)'",
                 remedy: "add an object throttle-group,id=\(name) first")
@@ -82,6 +84,17 @@ public final class ThrottleFilter: FilterDriver, @unchecked Sendable {
 
     public func drainEnds() {
         member.endDrain()
+    }
+
+    // MARK: Thread
+
+    public func checkMove(with nodes: [BlockNode]) throws(BlockError) {
+        try group.checkMove(with: nodes)
+    }
+
+    public func moves(to thread: IOThread) {
+        // Its first node takes it along.
+        if group.seat.thread !== thread { group.seat.move(to: thread) }
     }
 
     public func close() async throws(BlockError) {

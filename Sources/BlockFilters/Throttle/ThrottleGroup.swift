@@ -2,8 +2,10 @@ import BlockCore
 import BlockGraph
 import BlockIO
 import QMP
+import Synchronization
 
-/// `throttle-group`: limits that several nodes share. Confined to its thread.
+/// `throttle-group`: limits that several nodes share. Confined to where its seat stands: with its nodes, all
+/// of which are on one thread.
 ///
 ///     member a ─▶ reads ▒▒      one request after the other, taken from the members in turn:
 ///     member b ─▶ reads ▒   ──▶ a member with many requests waits no less than one with few
@@ -18,7 +20,11 @@ public final class ThrottleGroup: GraphObject, @unchecked Sendable {
     enum Direction: Int, CaseIterable { case read, write }
 
     public let identifier: String
-    private let thread: IOThread
+    /// Where its nodes are; without any it goes where its first one comes.
+    public let seat: IOSeat
+    private var thread: IOThread { seat.thread }
+    /// Its nodes, for whoever asks from another thread.
+    private let names = Mutex<[String]>([])
     public private(set) var limits: ThrottleLimits
     private var buckets: [ThrottleBucket]
     private var leakedAt: UInt64
@@ -33,7 +39,7 @@ public final class ThrottleGroup: GraphObject, @unchecked Sendable {
     ) throws(BlockError) {
         try limits.validate()
         self.identifier = identifier
-        self.thread = thread
+        seat = IOSeat(on: thread)
         self.limits = limits
         buckets = Self.buckets(limits)
         leakedAt = thread.now
@@ -66,11 +72,27 @@ public final class ThrottleGroup: GraphObject, @unchecked Sendable {
         ThrottleLimits.Kind.allCases.map { ThrottleBucket(limits[$0]) }
     }
 
-    public var users: [String] { turns[0].map { "node '\($0.name)'" } }
+    public var users: [String] { names.withLock { $0.map { "node '\($0)'" } } }
 
     // MARK: Members
 
-    func add(_ member: ThrottleMember) {
+    /// - Throws: `busy` when it has nodes on another thread.
+    func add(_ member: ThrottleMember, on thread: IOThread) throws(BlockError) {
+        let isFree = names.withLock { names in
+            // Without nodes nothing runs here, wherever the seat stands.
+            let isFree = names.isEmpty || seat.thread === thread
+            if isFree { names.append(member.name) }
+            return isFree
+        }
+        guard isFree else {
+            throw BlockError(
+                .busy,
+                "throttle group '\(identifier)' holds back \(users.joined(separator: ", ")) on another "
+                    + "I/O thread",
+                remedy: "use a group of its own, or move the nodes to one thread first",
+                node: member.name)
+        }
+        if seat.thread !== thread { seat.take(to: thread) }
         for direction in Direction.allCases { turns[direction.rawValue].append(member) }
     }
 
@@ -79,6 +101,18 @@ public final class ThrottleGroup: GraphObject, @unchecked Sendable {
         release(member)
         for direction in Direction.allCases {
             turns[direction.rawValue].removeAll { $0 === member }
+        }
+        names.withLock { names in
+            if let place = names.firstIndex(of: member.name) { names.remove(at: place) }
+        }
+    }
+
+    /// - Throws: `busy` when it has nodes that are not among `nodes`.
+    func checkMove(with nodes: [BlockNode]) throws(BlockError) {
+        for member in turns[0] where !nodes.contains(where: { $0.name == member.name }) {
+            throw BlockError(
+                .busy,
+                "throttle group '\(identifier)' holds back node '\(member.name)' too, which stays")
         }
     }
 
@@ -109,7 +143,7 @@ public final class ThrottleGroup: GraphObject, @unchecked Sendable {
             member.queues[place].append(.init(bytes: bytes, continuation: continuation))
             guard !isServing[place] else { return }
             isServing[place] = true
-            thread.spawn { await self.serve(direction) }
+            seat.spawn { await self.serve(direction) }
         }
     }
 
@@ -118,7 +152,7 @@ public final class ThrottleGroup: GraphObject, @unchecked Sendable {
         while let turn = turns[place].firstIndex(where: { !$0.queues[place].isEmpty }) {
             let wait = waitNanoseconds(direction)
             guard wait == 0 else {
-                let timer = IOTimer(on: thread)
+                let timer = IOTimer(on: seat)
                 timers[place] = timer
                 _ = await timer.wait(nanoseconds: wait)
                 timers[place] = nil

@@ -12,11 +12,11 @@ struct ImageCipher: Sendable {
     static let sectorSize = SectorCipher.sectorSize
 
     private let sectors: SectorCipher
-    private let thread: IOThread
+    private let seat: IOSeat
 
-    init(_ sectors: SectorCipher, on thread: IOThread) {
+    init(_ sectors: SectorCipher, on seat: IOSeat) {
         self.sectors = sectors
-        self.thread = thread
+        self.seat = seat
     }
 
     /// Decrypts whole sectors in place; the first is at byte `offset`, which gives its number.
@@ -66,7 +66,7 @@ struct ImageCipher: Sendable {
             return
         }
         let failures = FirstFailure()
-        await thread.offload(sharing: (count - 1) / Self.pieceBytes + 1) { next in
+        await seat.thread.offload(sharing: (count - 1) / Self.pieceBytes + 1) { next in
             while let piece = next() {
                 let start = piece * Self.pieceBytes
                 do throws(BlockError) {

@@ -13,13 +13,13 @@ final class LUKSArea {
     private let edge: Edge
     /// Where the header begins, in bytes.
     private let offset: Int
-    private let thread: IOThread
     private(set) var header: LUKSHeader
+
+    private var thread: IOThread { edge.node.thread }
 
     private init(_ edge: Edge, _ offset: Int, _ header: LUKSHeader) {
         self.edge = edge
         self.offset = offset
-        thread = edge.node.thread
         self.header = header
     }
 

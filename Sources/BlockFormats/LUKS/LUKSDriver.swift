@@ -57,7 +57,7 @@ final class LUKSDriver: BlockDriver, @unchecked Sendable {
                     + "\(file.size)", remedy: "the file was cut short: restore it")
         }
         cipher = try key.map { key throws(BlockError) in
-            ImageCipher(try SectorCipher(area.header.cipher, key: key), on: node.thread)
+            ImageCipher(try SectorCipher(area.header.cipher, key: key), on: node.seat)
         }
         node.size = (file.size - payloadOffset).roundedDown(to: ImageCipher.sectorSize)
         node.limits = file.node.limits

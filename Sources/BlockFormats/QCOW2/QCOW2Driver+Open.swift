@@ -44,7 +44,7 @@ extension QCOW2Driver {
             "backing", roles: .cow, fallback: try await backingOptions(header, opening, file))
         let data = try await openDataFile(header, opening, file)
         let encryption = try await QCOW2Encryption.open(
-            header, file, opening.options, on: opening.graph)
+            header, file, opening.options, for: node)
         let options = try QCOW2Options(
             reading: opening.options, header, discards: node.options.discards)
         let driver = try await make(
@@ -243,14 +243,14 @@ extension QCOW2Driver {
     /// Drops unused tables from memory now and then.
     func startCleaning() {
         guard options.cacheCleanInterval > 0 else { return }
-        let timer = IOTimer(on: thread)
+        let timer = IOTimer(on: node.seat)
         cleaner = timer
         let nanoseconds = UInt64(options.cacheCleanInterval) * 1_000_000_000
         clean(after: nanoseconds, timer)
     }
 
     private func clean(after nanoseconds: UInt64, _ timer: IOTimer) {
-        thread.spawn { [weak self] in
+        node.seat.spawn { [weak self] in
             guard await timer.wait(nanoseconds: nanoseconds), let self else { return }
             l2.dropUnused()
             refcounts.dropUnused()

@@ -43,7 +43,7 @@ extension QCOW2Driver: QCOW2TableView {
             try await read(first, offset, into: vector)
             return
         }
-        let lanes = QCOW2Lanes(on: thread)
+        let lanes = QCOW2Lanes(on: node.seat)
         await lanes.start { () throws(BlockError) in
             try await self.read(first, offset, into: vector.slice(0, first.count))
         }

@@ -57,7 +57,7 @@ extension QCOW2Driver {
         let given = try reopening.options.value("encrypt")
         if encryption != nil, given == nil || !isChanged { return encryption }
         let opened = try await QCOW2Encryption.open(
-            image.header, file, reopening.options, on: node.graph)
+            image.header, file, reopening.options, for: node)
         return opened?.cipher == nil ? encryption : opened
     }
 

@@ -22,7 +22,7 @@ extension QCOW2Driver {
 
     /// Writes run by run, several at once where there is more than one.
     func writeRuns(_ offset: Int, _ vector: IOVector) async throws(BlockError) {
-        let lanes = QCOW2Lanes(on: thread)
+        let lanes = QCOW2Lanes(on: node.seat)
         do throws(BlockError) {
             var done = 0
             while done < vector.count, lanes.failure == nil {

@@ -29,7 +29,7 @@ import BlockIO
 /// 5. Requests that change the same entry wait for each other in `allocations`.
 public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     let node: BlockNode
-    let thread: IOThread
+    var thread: IOThread { node.thread }
     let file: Edge
     /// Where guest data is: ``file``, or a file of its own.
     let data: Edge
@@ -96,7 +96,6 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
         _ options: QCOW2Options, refcountTable: [UInt64]
     ) {
         self.node = node
-        thread = node.thread
         self.file = file
         self.data = data ?? file
         hasDataFile = data != nil

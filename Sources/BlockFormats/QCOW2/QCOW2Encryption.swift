@@ -40,7 +40,7 @@ extension QCOW2Encryption {
 
     /// What `encrypt` says of the image with `header`; `nil` for images that are not encrypted.
     static func open(
-        _ header: QCOW2.Header, _ file: Edge, _ options: OptionReader, on graph: BlockGraph
+        _ header: QCOW2.Header, _ file: Edge, _ options: OptionReader, for node: BlockNode
     ) async throws(BlockError) -> QCOW2Encryption? {
         let options = try options.object("encrypt")
         guard header.encryptionMethod != 0 else {
@@ -62,13 +62,13 @@ extension QCOW2Encryption {
         }
         var passphrase: SecretBytes?
         if let options {
-            passphrase = try EncryptionOptions.passphrase(options, graph)
+            passphrase = try EncryptionOptions.passphrase(options, node.graph)
             try options.finish()
         }
         switch method {
         case .aes:
             let cipher = try passphrase.map { secret throws(BlockError) in
-                ImageCipher(try legacyCipher(secret), on: graph.thread)
+                ImageCipher(try legacyCipher(secret), on: node.seat)
             }
             return QCOW2Encryption(method: method, area: nil, cipher: cipher, masterKey: nil)
         case .luks:
@@ -82,7 +82,7 @@ extension QCOW2Encryption {
             }
             let key = try await area.masterKey(passphrase)
             let cipher = ImageCipher(
-                try SectorCipher(area.header.cipher, key: key), on: graph.thread)
+                try SectorCipher(area.header.cipher, key: key), on: node.seat)
             return QCOW2Encryption(method: method, area: area, cipher: cipher, masterKey: key)
         }
     }

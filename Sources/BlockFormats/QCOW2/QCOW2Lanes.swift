@@ -9,14 +9,14 @@ final class QCOW2Lanes: @unchecked Sendable {
     /// Pieces of one request that are in flight at once.
     static let countMax = 16
 
-    private let thread: IOThread
+    private let seat: IOSeat
     private var running = 0
     private(set) var failure: BlockError?
     /// The request itself: nobody else waits.
     private var sleeper: UnsafeContinuation<Void, Never>?
 
-    init(on thread: IOThread) {
-        self.thread = thread
+    init(on seat: IOSeat) {
+        self.seat = seat
     }
 
     /// Waits until another piece may start. What a piece is about is looked up after that.
@@ -38,7 +38,7 @@ final class QCOW2Lanes: @unchecked Sendable {
             return
         }
         running += 1
-        thread.spawn {
+        seat.spawn {
             do throws(BlockError) {
                 try await piece()
             } catch {

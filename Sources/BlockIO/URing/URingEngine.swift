@@ -302,6 +302,10 @@ final class URingEngine: IOEngine {
         }
     }
 
+    func setPolling(nanosecondsMax: UInt64) {
+        pollWindow = PollWindow(nanosecondsMax: nanosecondsMax)
+    }
+
     // MARK: Waking
 
     private func armWake() {
@@ -347,15 +351,21 @@ final class URingEngine: IOEngine {
 /// Sleeping and being woken costs tens of microseconds; a peer that answers at once is worth a short
 /// wait on the processor, one that stays away is not.
 struct PollWindow {
-    static let nanosecondsMax: UInt64 = 50_000
+    /// Of threads that nobody said anything else for.
+    static let nanosecondsMaxDefault: UInt64 = 50_000
+    private let nanosecondsMax: UInt64
     private(set) var nanoseconds: UInt64 = 0
     private var misses = 0
 
+    init(nanosecondsMax: UInt64 = Self.nanosecondsMaxDefault) {
+        self.nanosecondsMax = nanosecondsMax
+    }
+
     /// A sleep lasted this long: would a poll have been better?
     mutating func slept(nanoseconds slept: UInt64) {
-        if slept <= Self.nanosecondsMax {
+        if slept <= nanosecondsMax {
             misses = 0
-            nanoseconds = min(max(nanoseconds * 2, 8_000), Self.nanosecondsMax)
+            nanoseconds = min(max(nanoseconds * 2, 8_000), nanosecondsMax)
         } else {
             misses += 1
             if misses >= 2 { nanoseconds = 0 }

@@ -372,6 +372,14 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         get async throws(BlockError) { NodeInformation() }
     }
 
+    public func settle() async {
+        await file.settle()
+    }
+
+    public func moves(to thread: IOThread) {
+        file.move(to: thread)
+    }
+
     public func close() async throws(BlockError) {
         // Locks go when the last descriptor of the opening does, and a child process that is just being
         // started may have one: who opens the file next need not wait for that.

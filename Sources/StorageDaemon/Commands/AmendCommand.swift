@@ -13,7 +13,7 @@ extension StorageDaemon {
     func blockdevAmend(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "x-blockdev-amend")
         let identifier = try reader.required("job-id")
-        let node = try graph.requireNode(named: try reader.required("node-name"))
+        let node = try await onThread(of: try reader.required("node-name")) { $0 }
         guard case .object(var options)? = try reader.value("options") else {
             throw BlockError(.invalidArgument, "x-blockdev-amend: parameter 'options' is missing")
         }
@@ -24,16 +24,22 @@ extension StorageDaemon {
         let job = ImageJob(identifier, .amend)
         let amendment = ImageAmendment(
             try OptionReader(.object(options), of: "x-blockdev-amend options"), isForced: isForced
-        ) { job.progress = ($0, $1) }
-        node.hold("job \(identifier)")
-        start(job) { [self] () throws(BlockError) in
-            let result: Result<Void, BlockError>
-            do throws(BlockError) {
-                result = .success(try await graph.amend(node, amendment))
-            } catch { result = .failure(error) }
-            node.release("job \(identifier)")
-            try await graph.collect()
-            try result.get()
+        ) { [thread] done, total in
+            thread.spawn { job.progress = (done, total) }
+        }
+        let hold = "job \(identifier)"
+        try await node.seat.visit { () throws(BlockError) in node.hold(hold) }
+        start(job) { () throws(BlockError) in
+            try await node.seat.visit { () throws(BlockError) in
+                let graph = node.graph
+                let result: Result<Void, BlockError>
+                do throws(BlockError) {
+                    result = .success(try await graph.amend(node, amendment))
+                } catch { result = .failure(error) }
+                node.release(hold)
+                try await graph.collect()
+                try result.get()
+            }
         }
         return [:]
     }

@@ -60,9 +60,10 @@ extension StorageDaemon {
     /// `x-debug-block-dirty-bitmap-sha256`: of the bits, in whole words of 64.
     func bitmapChecksum(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "x-debug-block-dirty-bitmap-sha256")
-        let (_, bitmap) = try target(reader)
+        let bits = try await onThread(of: try reader.required("node")) { node throws(BlockError) in
+            try bitmap(of: node, reader).contents
+        }
         try reader.finish()
-        let bits = bitmap.contents
         var bytes = [UInt8](repeating: 0, count: bits.byteCount)
         bytes.withUnsafeMutableBytes { bits.copyBytes(from: 0, to: $0) }
         return ["sha256": .string(try Digest.sha256(bytes))]
@@ -77,25 +78,31 @@ extension StorageDaemon {
         _ action: BitmapAction, _ arguments: JSONValue
     ) async throws(BlockError) -> Undo {
         let reader = try OptionReader(arguments, of: action.rawValue)
-        switch action {
-        case .add: return try await add(reader)
-        case .remove: return try remove(reader)
-        case .clear: return try await clear(reader)
-        case .enable: return try await enable(reader, true)
-        case .disable: return try await enable(reader, false)
-        case .merge: return try await merge(reader)
+        return try await onThread(of: try reader.required("node")) { node throws(BlockError) in
+            try await carryOut(action, on: node, reader).on(node.seat)
         }
     }
 
-    private func target(
-        _ reader: OptionReader, named key: String = "name"
-    ) throws(BlockError) -> (node: BlockNode, bitmap: DirtyBitmap) {
-        let node = try graph.requireNode(named: try reader.required("node"))
-        return (node, try node.requireDirtyBitmap(named: try reader.required(key)))
+    private func carryOut(
+        _ action: BitmapAction, on node: BlockNode, _ reader: OptionReader
+    ) async throws(BlockError) -> Undo {
+        switch action {
+        case .add: return try await add(node, reader)
+        case .remove: return try remove(node, reader)
+        case .clear: return try await clear(node, reader)
+        case .enable: return try await enable(node, reader, true)
+        case .disable: return try await enable(node, reader, false)
+        case .merge: return try await merge(node, reader)
+        }
     }
 
-    private func add(_ reader: OptionReader) async throws(BlockError) -> Undo {
-        let node = try graph.requireNode(named: try reader.required("node"))
+    private func bitmap(
+        of node: BlockNode, _ reader: OptionReader, named key: String = "name"
+    ) throws(BlockError) -> DirtyBitmap {
+        try node.requireDirtyBitmap(named: try reader.required(key))
+    }
+
+    private func add(_ node: BlockNode, _ reader: OptionReader) async throws(BlockError) -> Undo {
         let name = try reader.required("name")
         let granularity = try reader.int("granularity")
         let isPersistent = try reader.bool("persistent") ?? false
@@ -106,8 +113,8 @@ extension StorageDaemon {
         return Undo(atOnce: { () throws(BlockError) in node.removeDirtyBitmap(bitmap) })
     }
 
-    private func remove(_ reader: OptionReader) throws(BlockError) -> Undo {
-        let (node, bitmap) = try target(reader)
+    private func remove(_ node: BlockNode, _ reader: OptionReader) throws(BlockError) -> Undo {
+        let bitmap = try bitmap(of: node, reader)
         try reader.finish()
         try bitmap.check([.busy, .readOnly])
         node.removeDirtyBitmap(bitmap)
@@ -116,8 +123,8 @@ extension StorageDaemon {
             finish: { () throws(BlockError) in try await node.discardDirtyBitmap(bitmap) })
     }
 
-    private func clear(_ reader: OptionReader) async throws(BlockError) -> Undo {
-        let (node, bitmap) = try target(reader)
+    private func clear(_ node: BlockNode, _ reader: OptionReader) async throws(BlockError) -> Undo {
+        let bitmap = try bitmap(of: node, reader)
         try reader.finish()
         let before = bitmap.contents
         try await node.clearDirtyBitmap(bitmap)
@@ -125,37 +132,43 @@ extension StorageDaemon {
     }
 
     private func enable(
-        _ reader: OptionReader, _ isEnabled: Bool
+        _ node: BlockNode, _ reader: OptionReader, _ isEnabled: Bool
     ) async throws(BlockError) -> Undo {
-        let (node, bitmap) = try target(reader)
+        let bitmap = try bitmap(of: node, reader)
         try reader.finish()
         let was = bitmap.isEnabled
         try await node.setDirtyBitmap(bitmap, enabled: isEnabled)
         return Undo(atOnce: { () throws(BlockError) in bitmap.isEnabled = was })
     }
 
-    private func merge(_ reader: OptionReader) async throws(BlockError) -> Undo {
-        let (node, bitmap) = try target(reader, named: "target")
+    private func merge(_ node: BlockNode, _ reader: OptionReader) async throws(BlockError) -> Undo {
+        let bitmap = try bitmap(of: node, reader, named: "target")
         guard let list = try reader.list("bitmaps") else {
             throw BlockError(.invalidArgument, "\(reader.subject): 'bitmaps' is missing")
         }
         try reader.finish()
         var sources: [DirtyBitmap] = []
-        for value in list { sources.append(try dirtyBitmap(value, defaultNode: node)) }
+        for value in list { sources.append(try await dirtyBitmap(value, defaultNode: node)) }
         let before = bitmap.contents
         try await node.mergeDirtyBitmaps(sources, into: bitmap)
         return Undo(atOnce: { () throws(BlockError) in bitmap.contents = before })
     }
 
-    /// The bitmap that a name on `defaultNode`, or an object with `node` and `name`, stands for.
+    /// The bitmap that a name on `defaultNode`, or an object with `node` and `name`, stands for; a copy of
+    /// it as it is now where its node is on another thread.
     private func dirtyBitmap(
         _ value: JSONValue, defaultNode: BlockNode
-    ) throws(BlockError) -> DirtyBitmap {
+    ) async throws(BlockError) -> DirtyBitmap {
         if case .string(let name) = value { return try defaultNode.requireDirtyBitmap(named: name) }
         let reader = try OptionReader(value, of: "a dirty bitmap")
-        let (_, bitmap) = try target(reader)
+        let found = try await onThread(of: try reader.required("node")) { node throws(BlockError) in
+            let found = try bitmap(of: node, reader)
+            if node.graph === defaultNode.graph { return found }
+            try found.check([.busy, .inconsistent])
+            return try found.copy()
+        }
         try reader.finish()
-        return bitmap
+        return found
     }
 }
 

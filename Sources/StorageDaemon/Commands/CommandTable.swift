@@ -22,7 +22,7 @@ extension StorageDaemon {
     static let commands: [DaemonCommand] =
         controlCommands + objectCommands + graphCommands + bitmapCommands + exportCommands
         + queryCommands + statisticsCommands + objectModelCommands + characterDeviceCommands
-        + traceCommands
+        + traceCommands + threadCommands
 
     static let handlers: [String: DaemonCommand.Handler] = Dictionary(
         commands.map { ($0.schema.name, $0.handler) }, uniquingKeysWith: { first, _ in first })

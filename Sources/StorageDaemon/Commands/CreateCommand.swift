@@ -17,19 +17,23 @@ extension StorageDaemon {
         guard let create = driver.create else {
             throw BlockError(.unsupported, "driver '\(driver.name)' cannot create images")
         }
-        let creation = ImageCreation(graph, options: creationOptions)
+        let home = home(of: options)
         start(ImageJob(identifier, .create)) { () throws(BlockError) in
-            let result: Result<Void, BlockError>
-            do throws(BlockError) {
-                result = .success(try await create(creation))
-            } catch { result = .failure(error) }
-            do throws(BlockError) {
-                try await creation.finish()
-            } catch  where (try? result.get()) == nil {
-                // The first failure tells more.
+            try await home.thread.visit { () throws(BlockError) in
+                try await Self.create(in: home, creationOptions, create)
             }
-            try result.get()
         }
         return [:]
+    }
+
+    private static func create(
+        in graph: BlockGraph, _ options: OptionReader,
+        _ create: (ImageCreation) async throws(BlockError) -> Void
+    ) async throws(BlockError) {
+        let creation = ImageCreation(graph, options: options)
+        var failure: BlockError?
+        do throws(BlockError) { try await create(creation) } catch { failure = error }
+        do throws(BlockError) { try await creation.finish() } catch { failure = failure ?? error }
+        if let failure { throw failure }
     }
 }

@@ -106,24 +106,27 @@ extension StorageDaemon {
         let description = try reader.string("description") ?? ""
         let writable = try reader.bool("writable") ?? false
         let depth = try reader.bool("allocation-depth") ?? false
-        // One thread serves all nodes: whatever is asked for about threads holds.
-        _ = try reader.bool("fixed-iothread")
-        if let thread = try reader.string("iothread") { try requireThread(thread) }
+        let isFixed = try reader.bool("fixed-iothread") ?? false
+        let home = try reader.string("iothread").map { name throws(BlockError) in
+            try requireThread(name).graph
+        }
         if try reader.bool("writethrough") == true {
             throw BlockError(.unsupported, "writethrough exports are not supported yet")
         }
         let bitmaps = try reader.list("bitmaps") ?? []
         try reader.finish()
-        try addExport(
+        try await addExport(
             identifier: identifier, nodeName: nodeName, name: name, description: description,
-            writable: writable, depth: depth, bitmaps: bitmaps)
+            writable: writable, depth: depth, bitmaps: bitmaps, home: home, isFixed: isFixed)
         return [:]
     }
 
+    /// - Parameters:
+    ///   - home: where the node moves first; where it cannot, that is an error only if `isFixed`.
     private func addExport(
         identifier: String, nodeName: String, name: String, description: String, writable: Bool,
-        depth: Bool, bitmaps: [JSONValue]
-    ) throws(BlockError) {
+        depth: Bool, bitmaps: [JSONValue], home: BlockGraph? = nil, isFixed: Bool = false
+    ) async throws(BlockError) {
         let server = try requireServer()
         guard !exports.contains(where: { $0.identifier == identifier }) else {
             throw BlockError(.alreadyExists, "there is an export '\(identifier)' already")
@@ -131,12 +134,16 @@ extension StorageDaemon {
         guard server.exportNamed(name) == nil else {
             throw BlockError(.alreadyExists, "there is an NBD export named '\(name)' already")
         }
-        let node = try graph.requireNode(named: nodeName)
-        var exported: [NBDExport.Bitmap] = []
-        for value in bitmaps { exported.append(try exportedBitmap(value, below: node)) }
-        let export = try NBDExport(
-            name: name, description: description, node: node, writable: writable,
-            allocationDepth: depth, bitmaps: exported)
+        if let home {
+            do throws(BlockError) { try await move(nodeName, to: home) } catch  where !isFixed {}
+        }
+        let export = try await onThread(of: nodeName) { node throws(BlockError) in
+            var exported: [NBDExport.Bitmap] = []
+            for value in bitmaps { exported.append(try exportedBitmap(value, below: node)) }
+            return try NBDExport(
+                name: name, description: description, node: node, writable: writable,
+                allocationDepth: depth, bitmaps: exported, isFixed: isFixed)
+        }
         try server.add(export)
         exports.append(ExportRecord(identifier, export))
     }
@@ -147,7 +154,7 @@ extension StorageDaemon {
     ) throws(BlockError) -> NBDExport.Bitmap {
         if case .string(let name) = value { return try NBDExport.Bitmap(named: name, below: node) }
         let reader = try OptionReader(value, of: "a dirty bitmap")
-        let owner = try graph.requireNode(named: try reader.required("node"))
+        let owner = try node.graph.requireNode(named: try reader.required("node"))
         let bitmap = try owner.requireDirtyBitmap(named: try reader.required("name"))
         try reader.finish()
         return NBDExport.Bitmap(bitmap, of: owner)
@@ -175,7 +182,11 @@ extension StorageDaemon {
     }
 
     private func remove(_ record: ExportRecord, hard: Bool) async throws(BlockError) {
-        guard hard || record.export.connectionCount == 0 else {
+        let export = record.export
+        let isUsed = try await export.seat.visit { () throws(BlockError) in
+            export.connectionCount > 0
+        }
+        guard hard || !isUsed else {
             throw BlockError(
                 .busy, "export '\(record.identifier)' has clients",
                 remedy: "wait for them, or use mode=hard")
@@ -184,7 +195,7 @@ extension StorageDaemon {
         exports.removeAll { $0 === record }
         // It is gone, whether or not all of it could be made durable.
         defer { emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)]) }
-        try await record.export.close()
+        try await export.seat.visit { () throws(BlockError) in try await export.close() }
     }
 
     /// `nbd-server-add`: an export whose identifier is its name.
@@ -197,8 +208,8 @@ extension StorageDaemon {
         let bitmap = try reader.string("bitmap")
         try reader.finish()
         // As documented for this command: read-only when the node is.
-        let isReadOnly = try graph.requireNode(named: device).isReadOnly
-        try addExport(
+        let isReadOnly = try await onThread(of: device) { $0.isReadOnly }
+        try await addExport(
             identifier: name, nodeName: device, name: name, description: description,
             writable: wanted && !isReadOnly, depth: false,
             bitmaps: bitmap.map { [.string($0)] } ?? [])
@@ -217,13 +228,16 @@ extension StorageDaemon {
 
     /// `query-block-exports`.
     func queryBlockExports(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
-        .array(
-            exports.map { record in
-                [
-                    "id": .string(record.identifier), "type": "nbd",
-                    "node-name": .string(record.export.edge?.node.name ?? ""),
-                    "shutting-down": .bool(record.export.edge == nil),
-                ]
-            })
+        var result: [JSONValue] = []
+        for record in exports {
+            let export = record.export
+            let node = try await export.seat.visit { () throws(BlockError) in export.edge?.node.name
+            }
+            result.append([
+                "id": .string(record.identifier), "type": "nbd", "node-name": .string(node ?? ""),
+                "shutting-down": .bool(node == nil),
+            ])
+        }
+        return .array(result)
     }
 }

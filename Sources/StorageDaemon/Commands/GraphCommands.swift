@@ -6,37 +6,121 @@ import QMP
 extension StorageDaemon {
     /// `blockdev-add`: opens a node, which the monitor then holds.
     func blockdevAdd(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
-        _ = try await graph.open(arguments, monitorOwned: true)
+        _ = try await addNode(arguments)
         return [:]
+    }
+
+    /// Opens a node on the thread of those that its options refer to.
+    func addNode(_ options: JSONValue) async throws(BlockError) -> BlockNode {
+        let home = home(of: options)
+        return try await home.thread.visit { () throws(BlockError) in
+            try await home.open(options, monitorOwned: true)
+        }
     }
 
     /// `blockdev-del`: drops the monitor's hold of a node that nobody uses.
     func blockdevDel(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "blockdev-del")
-        let node = try graph.requireNode(named: try reader.required("node-name"))
+        let name = try reader.required("node-name")
         try reader.finish()
-        try await graph.remove(node)
+        try await onThread(of: name) { node throws(BlockError) in
+            try await node.graph.remove(node)
+        }
         return [:]
     }
 
-    /// `blockdev-reopen`: new options for open nodes, all at one instant or none.
+    /// `blockdev-reopen`: new options for open nodes, all at one instant or none. They are on one thread;
+    /// nodes that become their children move there.
     func blockdevReopen(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "blockdev-reopen")
         let options = try reader.list("options") ?? []
         try reader.finish()
-        try await graph.reopen(options)
+        var home = graph
+        if case .string(let name)? = options.first?["node-name"] { home = try graph(of: name) }
+        try await home.thread.visit { () throws(BlockError) in try await home.reopen(options) }
         return [:]
     }
 
     /// `blockdev-replace`: puts a node in the place of a child of a node, or below an export.
     func blockdevReplace(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
-        let replacement = try replacement(arguments)
-        try await graph.drained([replacement.edge.node, replacement.node]) {
-            () throws(BlockError) in
-            try Replacement.carryOut([replacement], in: graph)
+        let request = try ReplacementRequest(arguments, self)
+        let graph = try await graph(of: request)
+        try await graph.thread.visit { () throws(BlockError) in
+            let replacement = try await request.resolve(in: graph)
+            try await graph.drained([replacement.edge.node, replacement.node]) {
+                () throws(BlockError) in
+                try Replacement.carryOut([replacement], in: graph)
+            }
+            try await graph.collect()
         }
-        try await graph.collect()
         return [:]
+    }
+
+    /// What a replacement asks for, before the nodes are looked up.
+    struct ReplacementRequest {
+        enum Place {
+            case export(ExportRecord)
+            case child(of: String, named: String)
+        }
+
+        let place: Place
+        let node: String
+
+        init(_ arguments: JSONValue, _ daemon: StorageDaemon) throws(BlockError) {
+            let reader = try OptionReader(arguments, of: "blockdev-replace")
+            let type = try reader.required("parent-type")
+            node = try reader.required("new-child")
+            switch type {
+            case "export":
+                place = .export(try daemon.requireExport(try reader.required("export-id")))
+            case "driver":
+                place = .child(
+                    of: try reader.required("node-name"), named: try reader.required("child"))
+            case "qdev":
+                throw BlockError(
+                    .unsupported, "there are no guest devices here",
+                    remedy: "use parent-type=export")
+            default:
+                throw BlockError(
+                    .invalidArgument, "parameter 'parent-type' does not accept '\(type)'",
+                    remedy: "use export or driver")
+            }
+            try reader.finish()
+        }
+
+        /// On the graph's thread; a new child that is elsewhere moves here.
+        func resolve(in graph: BlockGraph) async throws(BlockError) -> Replacement {
+            let child = try await graph.fetchNode(named: node)
+            switch place {
+            case .export(let record):
+                guard let edge = record.export.edge else {
+                    throw BlockError(.busy, "export '\(record.identifier)' is going away")
+                }
+                return Replacement(edge: edge, node: child)
+            case .child(let parentName, let name):
+                let parent = try graph.requireNode(named: parentName)
+                guard let edge = parent.child(named: name) else {
+                    throw BlockError(.notFound, "it has no child '\(name)'", node: parent.name)
+                }
+                return Replacement(edge: edge, node: child)
+            }
+        }
+    }
+
+    /// Where a replacement takes place.
+    func graph(of request: ReplacementRequest) async throws(BlockError) -> BlockGraph {
+        switch request.place {
+        case .export(let record):
+            let export = record.export
+            let found = try await export.seat.visit { () throws(BlockError) in
+                export.edge?.node.graph
+            }
+            guard let found else {
+                throw BlockError(.busy, "export '\(record.identifier)' is going away")
+            }
+            return found
+        case .child(let parent, _): return try graph(of: parent)
+        }
     }
 
     /// An edge and the node to come behind it.
@@ -63,38 +147,6 @@ extension StorageDaemon {
         }
     }
 
-    func replacement(_ arguments: JSONValue) throws(BlockError) -> Replacement {
-        let reader = try OptionReader(arguments, of: "blockdev-replace")
-        let type = try reader.required("parent-type")
-        let node = try graph.requireNode(named: try reader.required("new-child"))
-        let edge: Edge
-        switch type {
-        case "export":
-            let record = try requireExport(try reader.required("export-id"))
-            guard let used = record.export.edge else {
-                throw BlockError(.busy, "export '\(record.identifier)' is going away")
-            }
-            edge = used
-        case "driver":
-            let parent = try graph.requireNode(named: try reader.required("node-name"))
-            let name = try reader.required("child")
-            guard let child = parent.child(named: name) else {
-                throw BlockError(
-                    .notFound, "it has no child '\(name)'", node: parent.name)
-            }
-            edge = child
-        case "qdev":
-            throw BlockError(
-                .unsupported, "there are no guest devices here", remedy: "use parent-type=export")
-        default:
-            throw BlockError(
-                .invalidArgument, "parameter 'parent-type' does not accept '\(type)'",
-                remedy: "use export or driver")
-        }
-        try reader.finish()
-        return Replacement(edge: edge, node: node)
-    }
-
     /// `block_resize`.
     func blockResize(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "block_resize")
@@ -110,16 +162,18 @@ extension StorageDaemon {
         guard size >= 0 else {
             throw BlockError(.invalidArgument, "a size cannot be negative: \(size)")
         }
-        let node = try graph.requireNode(named: name)
-        let edge = try graph.attach(
-            NamedUser("block_resize"), to: node, Access(uses: .resize, shares: .all))
-        do throws(BlockError) {
-            try await edge.resize(to: size)
-        } catch {
-            try? await graph.detach(edge)
-            throw error
+        try await onThread(of: name) { node throws(BlockError) in
+            let graph = node.graph
+            let edge = try graph.attach(
+                NamedUser("block_resize"), to: node, Access(uses: .resize, shares: .all))
+            do throws(BlockError) {
+                try await edge.resize(to: size)
+            } catch {
+                try? await graph.detach(edge)
+                throw error
+            }
+            try await graph.detach(edge)
         }
-        try await graph.detach(edge)
         return [:]
     }
 }

@@ -2,7 +2,7 @@ import BlockCore
 import QMP
 
 /// A job that makes or changes an image: it ends by itself, and is kept until it is dismissed. Confined
-/// to the daemon's thread.
+/// to the daemon's main thread; its work visits that of its nodes.
 final class ImageJob: @unchecked Sendable {
     /// As `query-jobs` names what it does.
     enum Kind: String { case create, amend }

@@ -25,8 +25,7 @@ enum DaemonObject {
     /// Says who may come in.
     case authorization(@Sendable (String) -> Bool)
     case authorizationList(SharedAuthorizationList)
-    /// All nodes run on the daemon's own thread: the object is there to be named.
-    case thread
+    case thread(DaemonThread)
     /// Nodes find it in the graph's objects.
     case throttleGroup(ThrottleGroup)
 }
@@ -52,7 +51,8 @@ extension StorageDaemon {
         return [:]
     }
 
-    /// `object-del`. Who uses it already goes on doing so; but a throttle group goes after its nodes.
+    /// `object-del`. Who uses it already goes on doing so; but a throttle group and a thread go after their
+    /// nodes.
     func objectDel(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "object-del")
         let identifier = try reader.required("id")
@@ -60,6 +60,7 @@ extension StorageDaemon {
         guard objects[identifier] != nil else {
             throw BlockError(.notFound, "there is no object '\(identifier)'")
         }
+        if case .thread(let thread)? = objects[identifier] { try await end(thread) }
         try graph.removeObject(identifier)
         objects[identifier] = nil
         objectProperties[identifier] = nil
@@ -91,13 +92,7 @@ extension StorageDaemon {
                 try AuthorizationFile(path, refreshes: refreshes)
             }
             return .authorization { file.allows($0) }
-        case .thread:
-            for key in [
-                "poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch", "thread-pool-min",
-                "thread-pool-max",
-            ] { _ = try reader.int(key) }
-            try reader.finish()
-            return .thread
+        case .thread: return .thread(try await makeThread(reader))
         case .throttleGroup:
             let limits = try ThrottleGroup.properties(reader)
             let group = try ThrottleGroup(try reader.required("id"), limits, on: thread)
@@ -219,13 +214,6 @@ extension StorageDaemon {
             throw BlockError(
                 .notFound, "there is no authorization object '\(identifier)'",
                 remedy: "object-add with qom-type=authz-simple or authz-list makes one")
-        }
-    }
-
-    func requireThread(_ identifier: String) throws(BlockError) {
-        guard case .thread? = objects[identifier] else {
-            throw BlockError(
-                .notFound, "there is no iothread '\(identifier)'", remedy: "object-add makes one")
         }
     }
 }

@@ -94,7 +94,9 @@ extension StorageDaemon {
         let path = try reader.required("path")
         let name = try reader.required("property")
         try reader.finish()
-        if name != "type", let group = throttleGroup(at: path) { return try group.property(name) }
+        if name != "type", let group = throttleGroup(at: path) {
+            return try await group.seat.visit { () throws(BlockError) in try group.property(name) }
+        }
         guard let property = try properties(at: path).first(where: { $0.name == name }) else {
             throw BlockError(.notFound, "'\(path)' has no property '\(name)'")
         }
@@ -109,7 +111,9 @@ extension StorageDaemon {
         let value = try reader.value("value") ?? .null
         try reader.finish()
         if let group = throttleGroup(at: path) {
-            try group.setProperty(name, to: value)
+            try await group.seat.visit { () throws(BlockError) in
+                try group.setProperty(name, to: value)
+            }
             return [:]
         }
         guard case .object(let identifier, var object) = try place(at: path), object[name] != nil
@@ -122,6 +126,9 @@ extension StorageDaemon {
             guard case .integer(let number) = value, number >= 0 else {
                 throw BlockError(
                     .invalidArgument, "property '\(name)' expects a number, 0 or above")
+            }
+            if case .thread(let thread)? = objects[identifier] {
+                try await thread.set(name, to: number)
             }
         case .authorizationList:
             let list = try AuthorizationList(OptionReader(.object(object.values), of: path))

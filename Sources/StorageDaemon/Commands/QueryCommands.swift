@@ -17,8 +17,10 @@ extension StorageDaemon {
         let flat = try reader.bool("flat") ?? false
         try reader.finish()
         var result: [JSONValue] = []
-        for node in graph.nodes where node.isReady {
-            result.append(try await describe(node, flat: flat))
+        try await onEachThread { graph throws(BlockError) in
+            for node in graph.nodes where node.isReady {
+                result.append(try await describe(node, flat: flat))
+            }
         }
         return .array(result)
     }
@@ -131,12 +133,17 @@ extension StorageDaemon {
             ])
         }
         for record in exports {
-            guard let edge = record.export.edge else { continue }
-            add(edge, parent: add(record, "block-backend", record.identifier))
+            let export = record.export
+            try await export.seat.visit { () throws(BlockError) in
+                guard let edge = export.edge else { return }
+                add(edge, parent: add(record, "block-backend", record.identifier))
+            }
         }
-        for node in graph.nodes {
-            let identifier = add(node, "block-driver", node.name)
-            for edge in node.children { add(edge, parent: identifier) }
+        try await onEachThread { graph in
+            for node in graph.nodes {
+                let identifier = add(node, "block-driver", node.name)
+                for edge in node.children { add(edge, parent: identifier) }
+            }
         }
         return ["nodes": .array(nodes), "edges": .array(edges)]
     }

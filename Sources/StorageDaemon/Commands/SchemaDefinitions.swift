@@ -9,6 +9,7 @@ extension StorageDaemon {
     static let schemaDefinitions: [String: SchemaDefinition] = [
         controlDefinitions, exportDefinitions, nodeDefinitions, objectDefinitions,
         bitmapDefinitions, objectModelDefinitions, characterDeviceDefinitions, traceDefinitions,
+        threadDefinitions,
     ].reduce(into: [:]) { all, more in all.merge(more) { first, _ in first } }
 
     private static let controlDefinitions: [String: SchemaDefinition] = [

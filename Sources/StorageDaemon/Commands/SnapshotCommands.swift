@@ -22,12 +22,14 @@ extension StorageDaemon {
         guard !name.isEmpty else {
             throw BlockError(.invalidArgument, "a snapshot's name cannot be empty")
         }
-        let node = try graph.requireNode(named: device)
-        guard try node.requireSnapshotStore().snapshot(SnapshotSelector(name: name)) == nil else {
-            throw BlockError(
-                .alreadyExists, "there is a snapshot '\(name)' already", node: node.name)
+        return try await onThread(of: device) { node throws(BlockError) in
+            let known = try node.requireSnapshotStore().snapshot(SnapshotSelector(name: name))
+            guard known == nil else {
+                throw BlockError(
+                    .alreadyExists, "there is a snapshot '\(name)' already", node: node.name)
+            }
+            return (node, try await node.graph.createSnapshot(name, of: node, at: .now))
         }
-        return (node, try await graph.createSnapshot(name, of: node, at: .now))
     }
 
     /// `blockdev-snapshot-delete-internal-sync`.
@@ -40,12 +42,13 @@ extension StorageDaemon {
         guard selector.identifier != nil || selector.name != nil else {
             throw BlockError(.invalidArgument, "give 'id' or 'name'")
         }
-        let node = try graph.requireNode(named: device)
-        guard let snapshot = try node.requireSnapshotStore().snapshot(selector) else {
-            throw BlockError(
-                .notFound, "there is no snapshot \(selector.text)", node: node.name)
+        return try await onThread(of: device) { node throws(BlockError) in
+            guard let snapshot = try node.requireSnapshotStore().snapshot(selector) else {
+                throw BlockError(
+                    .notFound, "there is no snapshot \(selector.text)", node: node.name)
+            }
+            try await node.graph.deleteSnapshot(snapshot.identifier, of: node)
+            return snapshot.json
         }
-        try await graph.deleteSnapshot(snapshot.identifier, of: node)
-        return snapshot.json
     }
 }

@@ -13,18 +13,25 @@ extension StorageDaemon {
         let wantsNodes = try reader.bool("query-nodes") ?? false
         try reader.finish()
         if wantsNodes {
-            return .array(
-                graph.nodes.filter(\.isReady).map { node in
+            var result: [JSONValue] = []
+            try await onEachThread { graph in
+                result += graph.nodes.filter(\.isReady).map { node in
                     .object(describe(node, Self.total(of: node), chain: false, nesting: 0))
-                })
+                }
+            }
+            return .array(result)
         }
-        return .array(
-            exports.compactMap { record in
-                guard let edge = record.export.edge else { return nil }
-                var result = describe(edge.node, edge.statistics, chain: true, nesting: 0)
-                result["device"] = .string(record.identifier)
-                return .object(result)
-            })
+        var result: [JSONValue] = []
+        for record in exports {
+            let export = record.export
+            try await export.seat.visit { () throws(BlockError) in
+                guard let edge = export.edge else { return }
+                var entry = describe(edge.node, edge.statistics, chain: true, nesting: 0)
+                entry["device"] = .string(record.identifier)
+                result.append(.object(entry))
+            }
+        }
+        return .array(result)
     }
 
     /// What all users together did with a node.
@@ -102,7 +109,7 @@ extension StorageDaemon {
         }
         result["wr_highest_offset"] = .integer(node.highestWrittenOffset)
         if let use = statistics.lastUse {
-            result["idle_time_ns"] = .integer(Int(clamping: thread.now &- use))
+            result["idle_time_ns"] = .integer(Int(clamping: node.thread.now &- use))
         }
         return .object(result)
     }
@@ -133,12 +140,15 @@ extension StorageDaemon {
         // Of appends to zones, which no export here has.
         _ = try boundaries(reader, "boundaries-zap")
         try reader.finish()
-        guard let edge = record.export.edge else {
-            throw BlockError(.busy, "export '\(record.identifier)' is going away")
-        }
         let isReset = wanted.allSatisfy { $0.1 == nil }
-        for (kind, boundaries) in wanted where isReset || boundaries != nil {
-            edge.statistics.setBoundaries(boundaries, of: kind)
+        let export = record.export
+        try await export.seat.visit { () throws(BlockError) in
+            guard let edge = export.edge else {
+                throw BlockError(.busy, "export '\(record.identifier)' is going away")
+            }
+            for (kind, boundaries) in wanted where isReset || boundaries != nil {
+                edge.statistics.setBoundaries(boundaries, of: kind)
+            }
         }
         return [:]
     }
@@ -171,20 +181,21 @@ extension StorageDaemon {
     /// `block-set-write-threshold`: tells once when a node is written past a mark; 0 for never.
     func setWriteThreshold(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "block-set-write-threshold")
-        let node = try graph.requireNode(named: try reader.required("node-name"))
+        let name = try reader.required("node-name")
         guard let offset = try reader.int("write-threshold"), offset >= 0 else {
             throw BlockError(
                 .invalidArgument, "'write-threshold' is missing or out of bounds")
         }
         try reader.finish()
-        let name = node.name
-        node.setWriteThreshold(offset == 0 ? nil : offset) { [weak self] bytes in
-            self?.emit(
-                "BLOCK_WRITE_THRESHOLD",
-                [
-                    "node-name": .string(name), "amount-exceeded": .integer(bytes),
-                    "write-threshold": .integer(offset),
-                ])
+        try await onThread(of: name) { node in
+            node.setWriteThreshold(offset == 0 ? nil : offset) { [weak self] bytes in
+                self?.post(
+                    "BLOCK_WRITE_THRESHOLD",
+                    [
+                        "node-name": .string(name), "amount-exceeded": .integer(bytes),
+                        "write-threshold": .integer(offset),
+                    ])
+            }
         }
         return [:]
     }

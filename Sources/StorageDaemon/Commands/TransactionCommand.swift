@@ -1,15 +1,17 @@
 import BlockCore
 import BlockGraph
+import BlockIO
 import QMP
 
 extension StorageDaemon {
     /// `transaction`: actions that take effect at one instant, or not at all.
     ///
-    /// All nodes are drained from before the first action to after the last, so that for guests they
-    /// happen at the same moment; the first that fails has those before it undone, last one first.
+    /// All nodes, on all threads, are drained from before the first action to after the last, so that for
+    /// guests they happen at the same moment; the first that fails has those before it undone, last one
+    /// first.
     func transaction(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let result = try await transactionHoldingNodes(arguments)
-        try await graph.collect()
+        try await collect()
         return result
     }
 
@@ -31,17 +33,27 @@ extension StorageDaemon {
         }
         try reader.finish()
         // What nobody uses after an action stays until the transaction is through: it may be undone.
-        let held = graph.nodes
-        for node in held { node.hold("transaction") }
-        defer { for node in held { node.release("transaction") } }
+        let hold = BlockGraph.transactionHold
+        try await onEachThread { graph in for node in graph.nodes { node.hold(hold) } }
+        let result: Result<JSONValue, BlockError>
+        do throws(BlockError) {
+            result = .success(try await carryOut(actions))
+        } catch {
+            result = .failure(error)
+        }
+        try await onEachThread { graph in for node in graph.nodes { node.release(hold) } }
+        return try result.get()
+    }
+
+    private func carryOut(_ actions: [JSONValue]) async throws(BlockError) -> JSONValue {
         var cleanUp: [Undo.Step] = []
         var done: [Undo] = []
         do throws(BlockError) {
-            try await graph.drained(graph.nodes) { () throws(BlockError) in
+            try await drained { () throws(BlockError) in
                 var rest = actions[...]
                 while !rest.isEmpty {
                     do throws(BlockError) {
-                        done.append(try await carryOutNext(&rest))
+                        done += try await carryOutNext(&rest)
                     } catch {
                         for undo in done.reversed() {
                             try? await undo.atOnce()
@@ -64,6 +76,22 @@ extension StorageDaemon {
         return [:]
     }
 
+    /// Runs `body` while no request is in flight anywhere.
+    private func drained(
+        _ body: () async throws(BlockError) -> Void
+    ) async throws(BlockError) {
+        let drain = Drain()
+        try await onEachThread { graph in await graph.beginDrain(graph.nodes, as: drain) }
+        let result: Result<Void, BlockError>
+        do throws(BlockError) {
+            result = .success(try await body())
+        } catch {
+            result = .failure(error)
+        }
+        try await onEachThread { graph in graph.endDrain(drain) }
+        try result.get()
+    }
+
     /// What undoes an action, or finishes it.
     struct Undo {
         typealias Step = () async throws(BlockError) -> Void
@@ -73,26 +101,72 @@ extension StorageDaemon {
         var afterwards: Step = { () throws(BlockError) in }
         /// Once nothing will be undone any more: what cannot be.
         var finish: Step = { () throws(BlockError) in }
+
+        /// With its steps carried out where a node is by then.
+        func on(_ seat: IOSeat) -> Undo {
+            func moved(_ step: @escaping Step) -> Step {
+                { () throws(BlockError) in try await seat.visit(step) }
+            }
+            return Undo(
+                atOnce: moved(atOnce), afterwards: moved(afterwards), finish: moved(finish))
+        }
     }
 
     /// Carries out the next action, or all replacements that stand in a row: their permissions are
     /// worked out together, for users of one node that move to another one after the other conflict.
-    private func carryOutNext(_ actions: inout ArraySlice<JSONValue>) async throws(BlockError)
-        -> Undo
-    {
-        var replacements: [Replacement] = []
+    private func carryOutNext(
+        _ actions: inout ArraySlice<JSONValue>
+    ) async throws(BlockError) -> [Undo] {
+        var requests: [ReplacementRequest] = []
         while let action = actions.first, action["type"] == "blockdev-replace" {
             actions.removeFirst()
-            replacements.append(try replacement(action["data"] ?? [:]))
+            requests.append(try ReplacementRequest(action["data"] ?? [:], self))
         }
-        guard replacements.isEmpty else {
+        if requests.isEmpty { return [try await carryOut(actions.removeFirst())] }
+        var done: [Undo] = []
+        do throws(BlockError) {
+            // Thread by thread. A node that comes from another one may take others along: look again.
+            while let first = requests.first {
+                let graph = try await graph(of: first)
+                var own: [ReplacementRequest] = []
+                var others: [ReplacementRequest] = []
+                for request in requests {
+                    let isOwn = try await self.graph(of: request) === graph
+                    if isOwn { own.append(request) } else { others.append(request) }
+                }
+                done.append(try await replace(own, in: graph))
+                requests = others
+            }
+        } catch {
+            for undo in done.reversed() { try? await undo.atOnce() }
+            throw error
+        }
+        return done
+    }
+
+    private func replace(
+        _ requests: [ReplacementRequest], in graph: BlockGraph
+    ) async throws(BlockError) -> Undo {
+        try await graph.thread.visit { () throws(BlockError) in
+            var replacements: [Replacement] = []
+            for request in requests { replacements.append(try await request.resolve(in: graph)) }
             let undo = replacements.map { Replacement(edge: $0.edge, node: $0.edge.node) }
             try Replacement.carryOut(replacements, in: graph)
-            return Undo(atOnce: { [graph] () throws(BlockError) in
-                try Replacement.carryOut(undo, in: graph)
+            return Undo(atOnce: { () throws(BlockError) in
+                for replacement in undo { try await Self.fetch(replacement) }
+                guard let seat = undo.first?.edge.node.seat else { return }
+                try await seat.visit { () throws(BlockError) in
+                    try Replacement.carryOut(undo, in: undo[0].edge.node.graph)
+                }
             })
         }
-        return try await carryOut(actions.removeFirst())
+    }
+
+    /// Later actions may have moved what was replaced, or what replaced it.
+    private static func fetch(_ replacement: Replacement) async throws(BlockError) {
+        try await replacement.edge.node.seat.visit { () throws(BlockError) in
+            _ = try await replacement.edge.node.graph.fetchNode(named: replacement.node.name)
+        }
     }
 
     /// - Returns: what undoes the action.
@@ -105,9 +179,9 @@ extension StorageDaemon {
         try reader.finish()
         switch type {
         case "blockdev-add":
-            let node = try await graph.open(data, monitorOwned: true)
-            return Undo(afterwards: { [graph] () throws(BlockError) in try await graph.remove(node)
-            })
+            let node = try await addNode(data)
+            return Undo(afterwards: { () throws(BlockError) in try await node.graph.remove(node) })
+                .on(node.seat)
         case "block-export-add":
             let identifier = try OptionReader(data, of: type).required("id")
             _ = try await blockExportAdd(data)
@@ -116,9 +190,9 @@ extension StorageDaemon {
             })
         case "blockdev-snapshot-internal-sync":
             let (node, snapshot) = try await createInternalSnapshot(data)
-            return Undo(atOnce: { [graph] () throws(BlockError) in
-                try await graph.deleteSnapshot(snapshot.identifier, of: node)
-            })
+            return Undo(atOnce: { () throws(BlockError) in
+                try await node.graph.deleteSnapshot(snapshot.identifier, of: node)
+            }).on(node.seat)
         case "abort":
             throw BlockError(.cancelled, "the transaction was aborted by its 'abort' action")
         default:
