@@ -78,7 +78,7 @@ import Glibc
     static func descriptors(of path: String) -> [Int32] {
         var wanted = stat()
         stat(path, &wanted)
-        return (3..<1024).filter { descriptor in
+        return (3..<65_536).filter { descriptor in
             var found = stat()
             return fstat(descriptor, &found) == 0 && found.st_ino == wanted.st_ino
                 && found.st_dev == wanted.st_dev

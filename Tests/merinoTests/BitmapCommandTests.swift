@@ -50,13 +50,17 @@ import Testing
         #expect(found.status == expected.status, "\(found.errors) \(expected.errors)")
         #expect(found.output == "")
         #expect(found.errors.isEmpty == (found.status == 0))
-        #expect(try Self.bitmaps(ours, "a.qcow2") == Self.bitmaps(theirs, "a.qcow2"))
-        let map = [
-            "nbdinfo", "--map=qemu:dirty-bitmap:new", "--", "[", "qemu-nbd", "-r", "-f",
-            "qcow2", "-B", "new", "a.qcow2", "]",
-        ]
-        let maps = try [ours, theirs].map { try $0.run("/usr/bin/env", map).output }
-        #expect(maps[0] == maps[1])
+        let bitmaps = try Self.bitmaps(ours, "a.qcow2")
+        #expect(try bitmaps == Self.bitmaps(theirs, "a.qcow2"))
+        // Of one that is there only: nbdinfo leaves its socket behind when its server gives up.
+        if bitmaps.contains("name: new\n") {
+            let map = [
+                "nbdinfo", "--map=qemu:dirty-bitmap:new", "--", "[", "qemu-nbd", "-r", "-f",
+                "qcow2", "-B", "new", "a.qcow2", "]",
+            ]
+            let maps = try [ours, theirs].map { try $0.run("/usr/bin/env", map).output }
+            #expect(!maps[0].isEmpty && maps[0] == maps[1])
+        }
         #expect(try ours.tool("qemu-img", "check", "a.qcow2").status == 0)
     }
 

@@ -7,8 +7,14 @@ import Testing
     private func serving(
         _ place: Workplace, _ program: String, _ arguments: [String], body: () throws -> Void
     ) throws {
-        // QEMU's server keeps what it inherits open when it forks: so it inherits nothing.
-        let script = "import os, sys; os.closerange(3, 1024); os.execv(sys.argv[1], sys.argv[1:])"
+        // QEMU's server keeps what it inherits open when it forks, and signals held back: so it inherits
+        // nothing.
+        let script = """
+            import os, signal, sys
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            os.closerange(3, 1024)
+            os.execv(sys.argv[1], sys.argv[1:])
+            """
         let result = try place.run(
             "/usr/bin/python3",
             ["-c", script, program] + arguments
