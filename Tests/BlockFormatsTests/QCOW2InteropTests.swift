@@ -316,4 +316,24 @@ struct QCOW2Variant: Sendable, CustomTestStringConvertible {
                 ["size": 65536, "preallocation": "metadata", "backing-file": "base.img"])
         }
     }
+
+    /// Its new header keeps what writing out what was pending put into the old one.
+    @Test func anImageWithLateRefcountsStaysMarkedWhenItsBackingFileChanges() async throws {
+        let folder = try QCOW2TestFolder()
+        try folder.run([
+            "qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", "a.qcow2", "1M",
+        ])
+        let path = folder["a.qcow2"]
+        let header = try await folder.open("a.qcow2") { edge throws(BlockError) in
+            let vector = try IOVector(allocating: 65536)
+            vector.fill(7)
+            try await edge.write(0, from: vector)
+            guard let image = edge.node.driver as? any BackedImage else { return [UInt8]() }
+            try await image.setBacking(name: "base", format: "raw")
+            return [UInt8](FileManager.default.contents(atPath: path) ?? Data())
+        }
+        let bytes = QCOW2Bytes(bytes: header)
+        #expect(bytes.number(8) != 0)
+        #expect(bytes.number(72) & 1 == 1)
+    }
 }

@@ -146,7 +146,7 @@ extension QCOW2Driver {
     // MARK: Header
 
     /// Writes the header with `change` made to it, if it still fits. Durable on return.
-    private func rewriteHeader(
+    func rewriteHeader(
         _ change: (inout QCOW2.Header) -> Void
     ) async throws(BlockError) {
         var header = image.header

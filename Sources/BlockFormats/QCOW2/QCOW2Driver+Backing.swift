@@ -5,32 +5,30 @@ import BlockGraph
 extension QCOW2Driver: BackedImage {
     public func setBacking(name: String?, format: String?) async throws(BlockError) {
         try checkWritable()
-        var changed = image.header
-        changed.backingName = Array((name ?? "").utf8)
-        guard changed.backingName.count <= QCOW2.Limit.backingNameBytesMax else {
+        let bytes = Array((name ?? "").utf8)
+        guard bytes.count <= QCOW2.Limit.backingNameBytesMax else {
             throw BlockError(
                 .invalidArgument,
-                "the backing file name of \(changed.backingName.count) bytes is longer than "
+                "the backing file name of \(bytes.count) bytes is longer than "
                     + "\(QCOW2.Limit.backingNameBytesMax)")
         }
-        changed.extensions.removeAll { $0.type == QCOW2.HeaderExtension.backingFormat }
-        if let format, name != nil {
-            // First: readers that stop at an extension they do not know have seen it.
-            changed.extensions.insert(
-                .init(type: QCOW2.HeaderExtension.backingFormat, data: Array(format.utf8)), at: 0)
+        func change(_ header: inout QCOW2.Header) {
+            header.backingName = bytes
+            header.extensions.removeAll { $0.type == QCOW2.HeaderExtension.backingFormat }
+            if let format, name != nil {
+                // First: readers that stop at an extension they do not know have seen it.
+                header.extensions.insert(
+                    .init(type: QCOW2.HeaderExtension.backingFormat, data: Array(format.utf8)),
+                    at: 0)
+            }
         }
         // A header that has no room for it is refused before anything changes.
-        _ = try changed.serialised()
+        var trial = image.header
+        change(&trial)
+        _ = try trial.serialised()
+        // It may change the header itself: what it says then stays.
         try await commit()
-        let old = image.header
-        image.header = changed
-        do throws(BlockError) {
-            try await image.writeHeader()
-            try await file.flush()
-        } catch {
-            image.header = old
-            throw error
-        }
+        try await rewriteHeader(change)
     }
 
     public func empty() async throws(BlockError) {
