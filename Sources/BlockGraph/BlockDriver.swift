@@ -99,10 +99,17 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// Everything written before is on stable storage on return. Children are the driver's to flush.
     func flush() async throws(BlockError)
 
-    /// What is known of the bytes from `range.offset` on; of at most `range`, never empty.
+    /// What is known of the bytes from `range.offset` on: one run of at most `range`, or as many as are at
+    /// hand and `answer` takes.
     ///
-    /// - Parameter precise: the caller wants to know about zeroes, at the price of asking storage.
-    func blockStatus(_ range: ByteRange, precise: Bool) async throws(BlockError) -> BlockStatus
+    /// An error after the first run loses nothing: the caller takes what is there.
+    ///
+    /// - Parameters:
+    ///   - precise: the caller wants to know about zeroes, at the price of asking storage.
+    ///   - answer: empty.
+    func blockStatus(
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError)
 
     /// Where the storage below holds `range`, byte for byte; for copies that read nothing.
     ///
@@ -258,11 +265,9 @@ extension FilterDriver {
     }
 
     public func blockStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
-        BlockStatus(
-            [], count: range.count, mapping: .init(node: child.node, offset: range.offset),
-            asksChild: true)
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
+        try await child.forwardStatus(range, precise: precise, into: answer)
     }
 
     public var supportsFUA: Bool { true }
@@ -299,9 +304,10 @@ public protocol SnapshotSource: AnyObject {
     func readSnapshot(_ offset: Int, into vector: IOVector) async throws(BlockError)
     /// ``readSnapshot(_:into:)`` without waiting, as ``BlockDriver/readNow(_:into:)``.
     func readSnapshotNow(_ offset: Int, into vector: IOVector) -> Bool
+    /// As ``BlockDriver/blockStatus(_:precise:into:)``, over the whole chain.
     func snapshotStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError)
     /// That part of the snapshot is not needed any more; its space is given back.
     func discardSnapshot(_ range: ByteRange) async throws(BlockError)
     /// Nobody reads it any more.

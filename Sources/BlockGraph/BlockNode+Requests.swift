@@ -327,52 +327,24 @@ extension BlockNode {
 
     // MARK: Status
 
-    func status(_ range: ByteRange, precise: Bool) async throws(BlockError) -> BlockStatus {
-        let alignment = limits.requestAlignment
+    /// Asks the driver, in whole units; see ``Edge/blockStatus(_:precise:into:)``.
+    ///
+    /// - Parameter answer: empty.
+    func status(
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
         let asked =
-            (range.aligned(to: alignment) ?? range)
+            (range.aligned(to: limits.requestAlignment) ?? range)
             .intersection(ByteRange(0, max(size, range.end))) ?? range
-        var status = try await driver.blockStatus(asked, precise: precise)
+        do throws(BlockError) {
+            try await driver.blockStatus(asked, precise: precise, into: answer)
+        } catch {
+            // What is known up to there is an answer; a question that begins there meets the error.
+            if answer.isEmpty { throw error }
+        }
         // Back from the aligned question to the one that was put.
-        let skipped = range.offset - asked.offset
-        status.count = min(max(status.count - skipped, 1), range.count)
-        status.mapping?.offset += skipped
-
-        if status.asksChild, let mapping = status.mapping, let child = mapping.node,
-            precise || status.flags.isDisjoint(with: [.data, .zero])
-        {
-            status = try await refine(status, mapping, child, precise: precise)
-        }
-        if status.flags.contains(.zero) || status.flags.contains(.data) {
-            status.flags.insert(.allocated)
-        }
-        if range.offset + status.count == size { status.flags.insert(.endOfNode) }
-        return status
-    }
-
-    /// Asks the child that stores the run.
-    private func refine(
-        _ own: BlockStatus, _ mapping: BlockStatus.Mapping, _ child: BlockNode, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
-        var result = own
-        guard mapping.offset < child.size else {
-            // Past the child's end there are only zeroes.
-            result.flags.insert(.zero)
-            return result
-        }
-        let below = try await child.status(
-            ByteRange(mapping.offset, min(own.count, child.size - mapping.offset)),
-            precise: precise)
-        result.count = below.count
-        if own.flags.isDisjoint(with: [.data, .zero]) {
-            // A filter: it is as its child says.
-            result.flags = below.flags
-            result.flags.remove(.endOfNode)
-            result.mapping = below.mapping
-        } else if below.flags.contains(.zero) {
-            result.flags.insert(.zero)
-        }
-        return result
+        answer.trim(skipping: range.offset - asked.offset, to: range.count)
+        answer.complete(endsNode: range.offset + answer.byteCount == size)
     }
 }
 

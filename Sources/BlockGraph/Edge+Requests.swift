@@ -105,21 +105,49 @@ extension Edge {
 
     // MARK: Status
 
-    /// What is known of the bytes from `range.offset` on.
+    /// What the node alone knows of the bytes from `range.offset` on: what layers below it have is
+    /// ``chainStatus(_:precise:into:)``'s to say.
     ///
-    /// - Parameter precise: ask storage about zeroes too.
-    /// - Returns: a run of at least 1 and at most `range.count` bytes.
+    /// - Parameters:
+    ///   - precise: ask storage about zeroes too.
+    ///   - answer: what was in it goes. It gets at least one run; all of `range` need not be covered, be
+    ///     it for want of room or because an error comes next: ask again from there.
     public func blockStatus(
-        _ range: ByteRange, precise: Bool = true
-    ) async throws(BlockError) -> BlockStatus {
+        _ range: ByteRange, precise: Bool = true, into answer: BlockStatusList
+    ) async throws(BlockError) {
         if isRoot { await enter() }
         defer { if isRoot { leave() } }
+        answer.removeAll()
         let node = node
         try check(range.offset, range.count, of: node, uses: [])
         guard !range.isEmpty else {
             throw BlockError(.invalidArgument, "block status of nothing", node: node.name)
         }
-        return try await node.status(range, precise: precise)
+        try await node.status(range, precise: precise, into: answer)
+    }
+
+    /// The first run of ``blockStatus(_:precise:into:)``, at most all of `range`.
+    public func blockStatus(
+        _ range: ByteRange, precise: Bool = true
+    ) async throws(BlockError) -> BlockStatus {
+        let answer = BlockStatusList(limit: 1)
+        try await blockStatus(range, precise: precise, into: answer)
+        return answer.runs[0]
+    }
+
+    /// What a driver answers whose bytes are those of this child from `range.offset` on: what the child
+    /// answers, and zeroes past its end.
+    ///
+    /// - Parameter answer: empty.
+    public func forwardStatus(
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
+        guard range.offset < size else {
+            answer.append(BlockStatus([.zero, .allocated], count: range.count))
+            return
+        }
+        let there = ByteRange(range.offset, min(range.count, size - range.offset))
+        try await blockStatus(there, precise: precise, into: answer)
     }
 
     // MARK: Resize

@@ -30,14 +30,15 @@ public struct WriteFlags: OptionSet, Sendable {
     public static let compressed = WriteFlags(rawValue: 32)
 }
 
-/// What a node says of the bytes at the start of a range.
+/// What is known of a run of bytes: one of those that a ``BlockStatusList`` holds.
 public struct BlockStatus: Sendable {
     /// Where a run of bytes is stored below.
     public struct Mapping: Sendable {
-        /// The node that stores them; `nil` when it is the answering node itself.
-        public var node: BlockNode?
+        /// The node that stores them.
+        public var node: BlockNode
         public var offset: Int
-        public init(node: BlockNode?, offset: Int) {
+        @inlinable
+        public init(node: BlockNode, offset: Int) {
             self.node = node
             self.offset = offset
         }
@@ -47,16 +48,18 @@ public struct BlockStatus: Sendable {
     /// The length of the run, at least 1 and at most what was asked about.
     public var count: Int
     public var mapping: Mapping?
-    /// The mapped child knows more: whether its bytes read as zeroes.
-    public var asksChild: Bool
+    /// Of a whole chain: 0 where the top layer has it, 1 where its backing image has it…; `nil` when no
+    /// layer has it: zeroes. Of one node always 0.
+    public var depth: Int?
 
+    @inlinable
     public init(
-        _ flags: ExtentFlags, count: Int, mapping: Mapping? = nil, asksChild: Bool = false
+        _ flags: ExtentFlags, count: Int, mapping: Mapping? = nil, depth: Int? = 0
     ) {
         self.flags = flags
         self.count = count
         self.mapping = mapping
-        self.asksChild = asksChild
+        self.depth = depth
     }
 }
 

@@ -110,13 +110,18 @@ private final class Comparison: @unchecked Sendable {
         let readsSecond: Bool
     }
 
-    private static let partBytesMax = 1 << 20
+    /// Two parts of this length, one of either image, stay in a processor's own cache between being
+    /// read and being compared, and are read without a trip through the engine where the page cache has them.
+    private static let partBytes = 256 << 10
+    /// Longer parts are of images whose clusters are longer: a compressed one is unpacked once then.
+    private static let partBytesMax = 2 << 20
     private static let workerCount = 8
     private static let sector = 512
 
     private let images: (Edge, Edge)
     private let isStrict: Bool
     private let progress: Progress
+    private let partLength: Int
     private let common: Int
     private let end: Int
     private var offset = 0
@@ -127,6 +132,7 @@ private final class Comparison: @unchecked Sendable {
     private var ends: [Int: Int] = [:]
     private var nextFinished = 0
     private var known: (ImageSideStatus?, ImageSideStatus?) = (nil, nil)
+    private let walks: (StatusWalk, StatusWalk)
     /// One worker walks at a time.
     private let walk = WalkLock()
 
@@ -136,8 +142,11 @@ private final class Comparison: @unchecked Sendable {
 
     init(_ first: Edge, _ second: Edge, isStrict: Bool, _ progress: Progress) {
         images = (first, second)
+        walks = (StatusWalk(first), StatusWalk(second))
         self.isStrict = isStrict
         self.progress = progress
+        let unit = max(first.node.limits.allocationUnit, second.node.limits.allocationUnit)
+        partLength = min(max(Self.partBytes, unit), Self.partBytesMax)
         common = min(first.size, second.size)
         end = max(first.size, second.size)
     }
@@ -189,7 +198,7 @@ private final class Comparison: @unchecked Sendable {
                 continue
             }
             let limit = start < common ? common : end
-            offset = min(stop, start + Self.partBytesMax, limit)
+            offset = min(stop, start + partLength, limit)
             index += 1
             return Part(
                 index: index - 1, range: ByteRange(from: start, to: offset),
@@ -200,9 +209,9 @@ private final class Comparison: @unchecked Sendable {
 
     private func statuses(at offset: Int) async -> (ImageSideStatus, ImageSideStatus)? {
         do throws(BlockError) {
-            let first = try await status(of: images.0, at: offset, known.0)
+            let first = try await status(of: images.0, walks.0, at: offset, known.0)
             known.0 = first
-            let second = try await status(of: images.1, at: offset, known.1)
+            let second = try await status(of: images.1, walks.1, at: offset, known.1)
             known.1 = second
             return (first, second)
         } catch {
@@ -212,13 +221,13 @@ private final class Comparison: @unchecked Sendable {
     }
 
     private func status(
-        of image: Edge, at offset: Int, _ known: ImageSideStatus?
+        of image: Edge, _ walk: StatusWalk, at offset: Int, _ known: ImageSideStatus?
     ) async throws(BlockError) -> ImageSideStatus {
         if let known, offset < known.end { return known }
         guard offset < image.size else {
             return ImageSideStatus(isZero: true, storage: .init(), end: end)
         }
-        let found = try await image.chainStatus(ByteRange(from: offset, to: image.size))
+        let found = try await walk.run(at: offset, limit: image.size)
         var storage = ImageSideStatus.Storage()
         storage.flags = found.flags.intersection([.data, .zero, .allocated, .compressed])
         if found.depth == nil { storage.flags.remove(.allocated) }

@@ -27,23 +27,37 @@ public enum ImageMap {
         _ edge: Edge, _ range: ByteRange, _ found: (Entry) -> Void
     ) async throws(BlockError) {
         let layers = try await layers(edge.node)
+        var names = NodeNames()
+        let answer = BlockStatusList()
         var current: Entry?
         var offset = range.offset
         while offset < range.end {
-            // Long questions are put in parts, so that the answer does not need the whole image.
-            let asked = ByteRange(offset, min(range.end - offset, 1 << 30))
-            let status = try await edge.chainStatus(asked)
-            var next = entry(offset, status, layers, top: edge.node)
-            if next.isData, next.isZero, !layers[next.depth].asksFile { next.isZero = false }
-            if let joined = current.flatMap({ join($0, next) }) {
-                current = joined
-            } else {
-                if let current { found(current) }
-                current = next
+            try await edge.chainStatus(ByteRange(from: offset, to: range.end), into: answer)
+            for status in answer.runs {
+                var next = entry(offset, status, layers, &names)
+                if next.isData, next.isZero, !layers[next.depth].asksFile { next.isZero = false }
+                offset += status.count
+                if current.map({ $0.goesOn(in: next) }) == true {
+                    current?.length += next.length
+                } else {
+                    if let current { found(current) }
+                    current = next
+                }
             }
-            offset += status.count
         }
         if let current { found(current) }
+    }
+
+    /// The last name that was asked for: a driver may have to put it together.
+    private struct NodeNames {
+        private var last: (node: BlockNode, name: String)?
+
+        mutating func name(of node: BlockNode) -> String {
+            if let last, last.node === node { return last.name }
+            let name = node.driver.filename
+            last = (node, name)
+            return name
+        }
     }
 
     /// One image of a chain.
@@ -81,35 +95,34 @@ public enum ImageMap {
     }
 
     private static func entry(
-        _ offset: Int, _ status: ChainStatus, _ layers: [Layer], top: BlockNode
+        _ offset: Int, _ status: BlockStatus, _ layers: [Layer], _ names: inout NodeNames
     ) -> Entry {
         let lowest = layers.count - 1
         let isPresent = status.depth != nil && status.flags.contains(.allocated)
-        let nobody = layers.dropFirst().firstIndex { $0.size <= offset }.map { $0 - 1 }
-        let depth = isPresent ? status.depth : nobody
+        var depth = status.depth ?? lowest
+        if !isPresent {
+            let ended = layers.indices.first { $0 > 0 && layers[$0].size <= offset }
+            depth = ended.map { $0 - 1 } ?? lowest
+        }
         return Entry(
-            start: offset, length: status.count, depth: min(depth ?? lowest, lowest),
+            start: offset, length: status.count, depth: min(depth, lowest),
             isPresent: isPresent,
             isZero: status.flags.contains(.zero),
             isData: status.flags.contains(.data),
             isCompressed: status.flags.contains(.compressed),
             offset: status.mapping?.offset,
-            filename: status.mapping.map { ($0.node ?? top).driver.filename })
+            filename: status.mapping.map { names.name(of: $0.node) })
     }
+}
 
-    private static func join(_ first: Entry, _ second: Entry) -> Entry? {
-        guard first.depth == second.depth, first.isPresent == second.isPresent,
-            first.isZero == second.isZero, first.isData == second.isData,
-            first.isCompressed == second.isCompressed, first.filename == second.filename
-        else { return nil }
-        switch (first.offset, second.offset) {
-        case (nil, nil): break
-        case (let start?, let next?): if start + first.length != next { return nil }
-        default: return nil
-        }
-        var result = first
-        result.length += second.length
-        return result
+extension ImageMap.Entry {
+    /// Whether `next`, which follows it, is stored alike, and behind it.
+    fileprivate func goesOn(in next: ImageMap.Entry) -> Bool {
+        guard depth == next.depth, isPresent == next.isPresent, isZero == next.isZero,
+            isData == next.isData, isCompressed == next.isCompressed, filename == next.filename
+        else { return false }
+        guard let offset else { return next.offset == nil }
+        return next.offset.map { offset + length == $0 } ?? false
     }
 }
 
@@ -123,42 +136,46 @@ extension ImageMap.Entry {
 
     /// Appends an element of the JSON array, in the order of keys that scripts know.
     public func appendJSON(to text: inout OutputText) {
-        text.append("{ \"start\": ")
+        text.append(literal: "{ \"start\": ")
         text.append(start)
-        text.append(", \"length\": ")
+        text.append(literal: ", \"length\": ")
         text.append(length)
-        text.append(", \"depth\": ")
+        text.append(literal: ", \"depth\": ")
         text.append(depth)
-        text.append(", \"present\": ")
+        text.append(literal: ", \"present\": ")
         text.append(isPresent)
-        text.append(", \"zero\": ")
+        text.append(literal: ", \"zero\": ")
         text.append(isZero)
-        text.append(", \"data\": ")
+        text.append(literal: ", \"data\": ")
         text.append(isData)
         if let offset {
-            text.append(", \"offset\": ")
+            text.append(literal: ", \"offset\": ")
             text.append(offset)
         }
-        text.append("}")
+        text.append(literal: "}")
     }
 
     public static let heading = "Offset          Length          Mapped to       File\n"
 
-    /// The line for people; `nil` for what they are not shown: zeroes and what is not there.
+    /// Appends the line for people; nothing for what they are not shown: zeroes and what is not there.
     ///
     /// - Throws: where data has no place to point to: it is stored compressed or encrypted.
-    public func line() throws(BlockError) -> String? {
-        guard isData, !isZero else { return nil }
+    public func appendLine(to text: inout OutputText) throws(BlockError) {
+        guard isData, !isZero else { return }
         guard let offset, let filename else {
             throw BlockError(
                 .unsupported, "the bytes at \(start) are stored compressed or encrypted",
                 remedy: "use --output=json")
         }
-        return [start, length, offset].map(Self.column).joined() + filename + "\n"
+        for value in [start, length, offset] { Self.appendColumn(value, to: &text) }
+        text.append(filename)
+        text.append(literal: "\n")
     }
 
-    private static func column(_ value: Int) -> String {
-        let text = value == 0 ? "0" : "0x" + String(value, radix: 16)
-        return text + String(repeating: " ", count: max(0, 16 - text.count))
+    private static func appendColumn(_ value: Int, to text: inout OutputText) {
+        let end = text.bytes.count + 16
+        if value != 0 { text.append(literal: "0x") }
+        text.append(hexadecimal: value)
+        while text.bytes.count < end { text.append(literal: " ") }
     }
 }

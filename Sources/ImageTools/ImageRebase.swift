@@ -136,11 +136,13 @@ private final class Rebasing: @unchecked Sendable {
     private let flags: WriteFlags
     private let progress: Progress
     private let walk = WalkLock()
+    private let walks: (old: StatusWalk, new: StatusWalk?)
     private var offset = 0
 
     init(_ image: Edge, over new: Edge?, same: Int?, compresses: Bool, _ progress: Progress) {
         self.image = image
         self.new = new
+        walks = (StatusWalk(image), new.map { StatusWalk($0) })
         self.same = same
         self.progress = progress
         flags = compresses ? .compressed : []
@@ -165,7 +167,7 @@ private final class Rebasing: @unchecked Sendable {
         defer { walk.unlock() }
         while offset < image.size {
             let start = offset
-            let old = try await image.chainStatus(ByteRange(from: start, to: image.size))
+            let old = try await walks.old.run(at: start, limit: image.size)
             var end = start + old.count
             var isSame = old.depth == 0 || (same.map { $0 <= old.depth ?? .max } ?? false)
             if !isSame, old.flags.contains(.zero) {
@@ -192,8 +194,8 @@ private final class Rebasing: @unchecked Sendable {
     private func newStatus(
         _ start: Int, _ end: Int
     ) async throws(BlockError) -> (isZero: Bool, end: Int) {
-        guard let new, start < new.size else { return (true, end) }
-        let status = try await new.chainStatus(ByteRange(from: start, to: min(end, new.size)))
+        guard let new, let walk = walks.new, start < new.size else { return (true, end) }
+        let status = try await walk.run(at: start, limit: min(end, new.size))
         return (status.flags.contains(.zero), start + status.count)
     }
 

@@ -41,13 +41,13 @@ struct MapCommand: ParsableCommand {
                         lines.removeAll()
                     }
                     if isJSON {
-                        if !isFirst { lines.append(",\n") }
+                        if !isFirst { lines.append(literal: ",\n") }
                         isFirst = false
                         entry.appendJSON(to: &lines)
                         return
                     }
                     do throws(BlockError) {
-                        if failure == nil, let line = try entry.line() { lines.append(line) }
+                        if failure == nil { try entry.appendLine(to: &lines) }
                     } catch { failure = failure ?? error }
                 }
                 if isJSON {

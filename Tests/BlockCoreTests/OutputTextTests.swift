@@ -9,9 +9,18 @@ import Testing
         #expect(String(decoding: text.bytes, as: UTF8.self) == String(value))
     }
 
+    @Test(arguments: [0, 1, 10, 255, 0xdead_beef, .max, -1])
+    func numbersInBase16AreWrittenAsStringsDo(_ value: Int) {
+        var text = OutputText()
+        text.append(hexadecimal: value)
+        #expect(
+            String(decoding: text.bytes, as: UTF8.self)
+                == String(UInt(bitPattern: value), radix: 16))
+    }
+
     @Test func piecesFollowEachOther() {
         var text = OutputText()
-        text.append("{")
+        text.append(literal: "{")
         text.append(12)
         text.append(", ")
         text.append(true)

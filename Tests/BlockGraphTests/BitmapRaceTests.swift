@@ -23,8 +23,10 @@ private final class KeepingDriver: BlockDriver, BitmapStore, @unchecked Sendable
     func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {}
     func discard(_ range: ByteRange) async throws(BlockError) {}
     func flush() async throws(BlockError) {}
-    func blockStatus(_ range: ByteRange, precise: Bool) async throws(BlockError) -> BlockStatus {
-        BlockStatus([.data], count: range.count)
+    func blockStatus(
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
+        answer.append(BlockStatus([.data], count: range.count))
     }
     func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {}
     var filename: String { "keeping" }

@@ -60,9 +60,9 @@ final class MemoryDriver: BlockDriver, @unchecked Sendable {
         if flushFails { throw BlockError(.inputOutput, "the flush failed") }
     }
     func blockStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
-        BlockStatus([.data], count: range.count)
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
+        answer.append(BlockStatus([.data], count: range.count))
     }
     func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {
         if yieldsInResize { await node.thread.yield() }

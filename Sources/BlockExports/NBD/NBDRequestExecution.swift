@@ -182,8 +182,10 @@ struct NBDRequestExecution {
 
     /// Questions to the graph for one context of one reply: where runs are short, status stops short.
     private static let statusQueryCountMax = NBDLimits.statusExtentCountMax
+    /// Runs that one question asks for.
+    private static let statusRunCountMax = 128
     /// Questions in a row before other requests get their turn.
-    private static let statusTurnCount = 64
+    private static let statusTurnCount = 8
     /// Runs of a dirty bitmap in a row before other requests get their turn.
     private static let bitmapTurnCount = 4096
 
@@ -234,6 +236,7 @@ struct NBDRequestExecution {
     ) async throws(BlockError) -> [NBDStatusExtent] {
         let single = request.flags.contains(.requestOne)
         var result: [NBDStatusExtent] = []
+        let answer = BlockStatusList(limit: Self.statusRunCountMax)
         var range = request.range
         var queryCount = 0
         while !range.isEmpty, result.count < NBDLimits.statusExtentCountMax,
@@ -246,15 +249,18 @@ struct NBDRequestExecution {
                 }
                 await edge.node.thread.yield()
             }
-            let status = try await edge.chainStatus(range)
-            let flags = Self.flags(of: status, in: context)
-            if let last = result.last, last.flags == flags {
-                result[result.count - 1].count += status.count
-            } else {
-                if single, !result.isEmpty { break }
-                result.append(NBDStatusExtent(count: status.count, flags: flags))
+            try await edge.chainStatus(range, into: answer)
+            for status in answer.runs {
+                let flags = Self.flags(of: status, in: context)
+                if let last = result.last, last.flags == flags {
+                    result[result.count - 1].count += status.count
+                } else {
+                    let isFull = result.count == NBDLimits.statusExtentCountMax
+                    if isFull || single && !result.isEmpty { return result }
+                    result.append(NBDStatusExtent(count: status.count, flags: flags))
+                }
             }
-            range = ByteRange(range.offset + status.count, range.count - status.count)
+            range = ByteRange(from: range.offset + answer.byteCount, to: range.end)
         }
         return result
     }
@@ -299,7 +305,7 @@ struct NBDRequestExecution {
         return result
     }
 
-    private static func flags(of status: ChainStatus, in context: NBDContext) -> UInt64 {
+    private static func flags(of status: BlockStatus, in context: NBDContext) -> UInt64 {
         switch context {
         case .baseAllocation:
             // Bit 0: a hole; bit 1: reads as zeroes (proto.md, "base:allocation").

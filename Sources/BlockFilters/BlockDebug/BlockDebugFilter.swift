@@ -257,12 +257,10 @@ public final class BlockDebugFilter: FilterDriver, DebugEventWatcher, @unchecked
     }
 
     public func blockStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
         try await check(.blockStatus, range)
-        return BlockStatus(
-            [], count: range.count, mapping: .init(node: child.node, offset: range.offset),
-            asksChild: true)
+        try await child.forwardStatus(range, precise: precise, into: answer)
     }
 
     public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {

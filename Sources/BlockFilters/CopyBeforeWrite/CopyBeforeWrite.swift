@@ -470,27 +470,29 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     }
 
     public func snapshotStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
         let run = try snapshotRun(range)
-        var status: ChainStatus
+        let found = answer.below
         // Of the whole chain: what the disk's top layer does not have, its backing image may.
         if run.isCopied {
-            status = try await target.chainStatus(run.range, precise: precise)
+            try await target.chainStatus(run.range, precise: precise, into: found)
             try requirePresent(run.range)
         } else {
             // As for a read: no guest changes these clusters meanwhile.
             let clusters = clusters(touching: run.range)
             locks.take(clusters, exclusively: false)
             defer { locks.unlock(clusters, exclusively: false) }
-            status = try await child.chainStatus(run.range, precise: precise)
+            try await child.chainStatus(run.range, precise: precise, into: found)
         }
         if let breakage { throw breakage }
-        // Unallocated in the target, after a copy, are the zeroes that were found.
-        if run.isCopied, status.flags.isDisjoint(with: [.data, .zero]) {
-            status.flags.insert(.zero)
+        for status in found.runs {
+            // Unallocated in the target, after a copy, are the zeroes that were found.
+            let isZero = run.isCopied && status.flags.isDisjoint(with: [.data, .zero])
+            let flags = isZero ? status.flags.union(.zero) : status.flags
+            answer.append(
+                BlockStatus(flags.subtracting(.endOfNode), count: status.count))
         }
-        return BlockStatus(status.flags.subtracting(.endOfNode), count: status.count)
     }
 
     public func discardSnapshot(_ range: ByteRange) async throws(BlockError) {

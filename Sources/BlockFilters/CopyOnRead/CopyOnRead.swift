@@ -115,7 +115,7 @@ public final class CopyOnRead: FilterDriver, @unchecked Sendable {
     }
 
     /// Whether a run comes from a layer that is copied from.
-    private func isCopied(_ status: ChainStatus, _ bottomLayer: Int?) -> Bool {
+    private func isCopied(_ status: BlockStatus, _ bottomLayer: Int?) -> Bool {
         if status.depth == 0 { return false }
         guard let bottomLayer else { return true }
         return status.depth.map { $0 <= bottomLayer } ?? false

@@ -71,12 +71,9 @@ public final class SnapshotAccess: BlockDriver, @unchecked Sendable {
     }
 
     public func blockStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
-        var status = try await source.snapshotStatus(range, precise: precise)
-        status.mapping = nil
-        status.asksChild = false
-        return status
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
+        try await source.snapshotStatus(range, precise: precise, into: answer)
     }
 
     public func discard(_ range: ByteRange) async throws(BlockError) {

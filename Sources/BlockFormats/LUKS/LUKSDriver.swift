@@ -112,9 +112,9 @@ final class LUKSDriver: BlockDriver, @unchecked Sendable {
     }
 
     func blockStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
-        BlockStatus([.data, .allocated], count: range.count)
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
+        answer.append(BlockStatus([.data, .allocated], count: range.count))
     }
 
     func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {

@@ -73,7 +73,13 @@ extension QCOW2Driver: QCOW2TableView {
         at offset: Int, limit: Int, of view: some QCOW2TableView
     ) async throws(BlockError) -> Run {
         if let slice = try await view.slice(at: offset) { return run(slice, offset, limit) }
-        // No table: all that it would map is unallocated, and so on to the next table.
+        let count = unmapped(at: offset, limit: limit, of: view)
+        return Run(kind: .unallocated, host: 0, count: count, isCopied: false)
+    }
+
+    /// How many bytes from `offset` on, which no table maps, none does: all that the missing table would map
+    /// is unallocated, and so on to the next table.
+    func unmapped(at offset: Int, limit: Int, of view: some QCOW2TableView) -> Int {
         let coverage = 1 << geometry.l2CoverageBits
         var count = coverage - offset & (coverage - 1)
         var index = offset >> geometry.l2CoverageBits + 1
@@ -81,7 +87,7 @@ extension QCOW2Driver: QCOW2TableView {
             count += coverage
             index += 1
         }
-        return Run(kind: .unallocated, host: 0, count: min(limit, count), isCopied: false)
+        return min(limit, count)
     }
 
     private func read(

@@ -56,17 +56,25 @@ final class QCOW2SnapshotReader: SnapshotSource, QCOW2TableView, @unchecked Send
     }
 
     func snapshotStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
-        var status = try await driver.blockStatus(range, of: self)
-        if status.flags.isEmpty {
-            // Not in the image: what the backing image has, or nothing.
-            let (flags, count) = try await driver.backingStatus(
-                ByteRange(range.offset, status.count), precise: precise)
-            status.flags = flags
-            status.count = count
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
+        let own = answer.below
+        own.removeAll()
+        try await driver.blockStatus(range, of: self, precise: precise, into: own)
+        var offset = range.offset
+        for run in own.runs {
+            if run.flags.isEmpty {
+                // Not in the image: what the backing image has, or nothing.
+                let before = answer.byteCount
+                try await driver.backingStatus(
+                    ByteRange(offset, run.count), precise: precise, into: answer, by: own.below)
+                guard answer.byteCount - before == run.count else { return }
+            } else {
+                // Nothing but the flags: where it is stored is not a place of the snapshot.
+                guard answer.append(BlockStatus(run.flags, count: run.count)) else { return }
+            }
+            offset += run.count
         }
-        return status
     }
 
     func discardSnapshot(_ range: ByteRange) async throws(BlockError) {
@@ -80,15 +88,21 @@ final class QCOW2SnapshotReader: SnapshotSource, QCOW2TableView, @unchecked Send
 }
 
 extension QCOW2Driver {
-    /// What the backing image says of bytes that this image does not have.
-    func backingStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> (flags: ExtentFlags, count: Int) {
-        guard let backing = node.backing, range.offset < backing.size else {
-            return (.zero, range.count)
+    /// Adds what the backing image says of bytes that this image does not have, as far as there is room.
+    fileprivate func backingStatus(
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList, by list: BlockStatusList
+    ) async throws(BlockError) {
+        var there = 0
+        if let backing = node.backing, range.offset < backing.size {
+            there = min(range.count, backing.size - range.offset)
+            try await backing.chainStatus(
+                ByteRange(range.offset, there), precise: precise, into: list)
+            for run in list.runs {
+                let flags = run.flags.intersection([.data, .zero])
+                guard answer.append(BlockStatus(flags, count: run.count)) else { return }
+            }
+            guard list.byteCount == there else { return }
         }
-        let there = ByteRange(range.offset, min(range.count, backing.size - range.offset))
-        let status = try await backing.chainStatus(there, precise: precise)
-        return (status.flags.intersection([.data, .zero]), status.count)
+        answer.append(BlockStatus(.zero, count: range.count - there))
     }
 }

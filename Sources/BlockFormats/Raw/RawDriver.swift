@@ -157,11 +157,10 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
     }
 
     public func blockStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
-        BlockStatus(
-            [], count: range.count, mapping: .init(node: file.node, offset: offset + range.offset),
-            asksChild: true)
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
+        try await file.forwardStatus(
+            ByteRange(offset + range.offset, range.count), precise: precise, into: answer)
     }
 
     public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {

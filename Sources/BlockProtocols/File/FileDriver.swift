@@ -263,31 +263,42 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
     }
 
     public func blockStatus(
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
+        var offset = range.offset
+        for _ in 0..<Self.statusExtentCountMax where offset < range.end && !answer.isFull {
+            let rest = ByteRange(from: offset, to: range.end)
+            let (isData, end) = try await extent(rest, precise: precise)
+            answer.append(
+                BlockStatus(
+                    [isData ? .data : .zero, .allocated], count: end - offset,
+                    mapping: .init(node: node, offset: offset)))
+            offset = end
+        }
+    }
+
+    /// Extents that one question looks up at most: each takes a system call or two.
+    private static let statusExtentCountMax = 128
+
+    /// Whether `range` begins with data, and where in it that ends.
+    private func extent(
         _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
-        let mapping = BlockStatus.Mapping(node: nil, offset: range.offset)
-        let all = BlockStatus([.data, .allocated], count: range.count, mapping: mapping)
-        guard precise, canFindHoles else { return all }
+    ) async throws(BlockError) -> (isData: Bool, end: Int) {
+        guard precise, canFindHoles else { return (true, range.end) }
         if knownData.offset <= range.offset, range.offset < knownData.end {
-            return BlockStatus(
-                [.data, .allocated], count: min(knownData.end - range.offset, range.count),
-                mapping: mapping)
+            return (true, min(knownData.end, range.end))
         }
         let found: (isData: Bool, end: Int)?
         do throws(BlockError) {
             found = try await file.extent(at: range.offset)
         } catch  where error.code == .unsupported || error.code == .invalidArgument {
             canFindHoles = false
-            return all
+            return (true, range.end)
         }
         // Nothing more: past the end of what the file has.
-        guard let found, found.end > range.offset else {
-            return BlockStatus([.zero, .allocated], count: range.count, mapping: mapping)
-        }
+        guard let found, found.end > range.offset else { return (false, range.end) }
         if found.isData { knownData = ByteRange(from: range.offset, to: found.end) }
-        return BlockStatus(
-            [found.isData ? .data : .zero, .allocated],
-            count: min(found.end - range.offset, range.count), mapping: mapping)
+        return (found.isData, min(found.end, range.end))
     }
 
     // MARK: Size

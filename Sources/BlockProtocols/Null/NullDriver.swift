@@ -60,11 +60,12 @@ public final class NullDriver: BlockDriver, @unchecked Sendable {
     }
 
     public func blockStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
-        BlockStatus(
-            readsZeroes ? [.zero, .allocated] : [.data, .allocated], count: range.count,
-            mapping: .init(node: nil, offset: range.offset))
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
+        answer.append(
+            BlockStatus(
+                readsZeroes ? [.zero, .allocated] : [.data, .allocated], count: range.count,
+                mapping: .init(node: node, offset: range.offset)))
     }
 
     public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {

@@ -25,6 +25,7 @@ final class CopySource: @unchecked Sendable {
         /// Layers of the image, top first, whose data is copied; the rest is `below`.
         let layers: Int
         let hasMoreLayers: Bool
+        let walk: StatusWalk
     }
 
     private let parts: [Part]
@@ -47,7 +48,7 @@ final class CopySource: @unchecked Sendable {
             parts.append(
                 Part(
                     edge: edge, start: start, base: 0, count: count, layers: layers ?? .max,
-                    hasMoreLayers: layers.map { $0 < all } ?? false))
+                    hasMoreLayers: layers.map { $0 < all } ?? false, walk: StatusWalk(edge)))
             start = end
         }
         self.parts = parts
@@ -62,7 +63,7 @@ final class CopySource: @unchecked Sendable {
         parts = [
             Part(
                 edge: edge, start: 0, base: range.offset, count: count, layers: .max,
-                hasMoreLayers: false)
+                hasMoreLayers: false, walk: StatusWalk(edge))
         ]
         size = count
     }
@@ -72,14 +73,15 @@ final class CopySource: @unchecked Sendable {
         parts.first { offset >= $0.start && offset < $0.start + $0.count }
     }
 
-    /// What the run of bytes at `range.offset` is; at most all of `range`, at least one byte.
+    /// What the run of bytes at `range.offset` is; at most all of `range`, at least one byte. One walk goes
+    /// over the source, from its beginning to its end.
     func status(_ range: ByteRange) async throws(BlockError) -> (kind: CopyKind, count: Int) {
         guard let part = part(at: range.offset) else { return (.zero, range.count) }
         let start = range.offset - part.start + part.base
         let left = min(range.count, part.count + part.base - start)
         guard start < part.edge.size else { return (.zero, left) }
-        let status = try await part.edge.chainStatus(
-            ByteRange(start, min(left, part.edge.size - start)))
+        let status = try await part.walk.run(
+            at: start, limit: start + min(left, part.edge.size - start))
         let depth = status.depth ?? (part.hasMoreLayers ? .max : 0)
         if depth >= part.layers { return (.below, status.count) }
         return (status.flags.contains(.zero) ? .zero : .data, status.count)

@@ -79,8 +79,9 @@ extension Edge {
     /// Whether all of the node is known to read as zeroes, its backing images included.
     func isKnownZero() async throws(BlockError) -> Bool {
         var offset = 0
+        let walk = StatusWalk(self)
         while offset < size {
-            let status = try await chainStatus(ByteRange(from: offset, to: size))
+            let status = try await walk.run(at: offset, limit: size)
             if !status.flags.contains(.zero) { return false }
             offset += status.count
         }

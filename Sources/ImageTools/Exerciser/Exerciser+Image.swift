@@ -186,9 +186,10 @@ extension Exerciser {
         let edge = try image()
         let count = min(wanted, max(0, edge.size - offset))
         var allocated = 0
+        let walk = StatusWalk(edge, .top)
         var done = 0
         while done < count {
-            let status = try await edge.blockStatus(ByteRange(offset + done, count - done))
+            let status = try await walk.run(at: offset + done, limit: offset + count)
             if status.flags.contains(.allocated) { allocated += status.count }
             done += status.count
         }
@@ -209,9 +210,9 @@ extension Exerciser {
                     + "\(isAllocated ? "    allocated" : "not allocated") at offset "
                     + "\(ExerciserReport.bytes(start)) (0x\(String(start, radix: 16)))\n")
         }
+        let walk = StatusWalk(edge, .top)
         while offset < edge.size {
-            let status = try await edge.blockStatus(
-                ByteRange(offset, min(edge.size - offset, 1 << 30)))
+            let status = try await walk.run(at: offset, limit: edge.size)
             let next = status.flags.contains(.allocated)
             if next != isAllocated {
                 show()

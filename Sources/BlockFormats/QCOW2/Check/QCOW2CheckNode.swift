@@ -84,8 +84,8 @@ final class QCOW2CheckNode: BlockDriver, @unchecked Sendable {
     func flush() async throws(BlockError) { try await file.flush() }
 
     func blockStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
         throw hasNoData
     }
 
