@@ -8,23 +8,32 @@ struct CompactCommand: ParsableCommand {
         commandName: "compact",
         abstract: "Rewrite an image without unused space, prove the copy, and swap it in.",
         discussion: """
-            The image is held while it is copied to NAME.merino-partial beside it; both are compared, and \
-            only then the copy takes the name, in one step. There must be room for both.
+            The image is held while it is copied to NAME.merino-partial beside it, with its snapshots, \
+            bitmaps and keys; both are compared, and only then the copy takes the name, in one step. \
+            There must be room for both.
             """)
 
-    @Argument(help: "The image: a file.") var file: String
+    @Argument(help: "The image: a file, or with --image-opts options that name one.")
+    var file: String
     @Option(
         name: [.customShort("f", allowingJoined: true), .long],
         help: "The image's format; found out when not given.")
     var format: String?
     @Flag(name: [.customShort("c"), .customLong("compress")], help: "Store the data compressed.")
     var compress = false
+    @Flag(
+        name: .customLong("image-opts"),
+        help: "The image is given as options: driver=qcow2,file.filename=….")
+    var imageOptions = false
+    @Option(help: "An object that the image needs, as in secret,id=….") var object: [String] = []
     @OptionGroup var shown: ProgressArguments
 
     func run() throws {
         CommandSignals.prepare()
         try Failure.rethrow { () throws(BlockError) in
-            var compact = ImageCompact(ImageSource(file, format: format))
+            var source = ImageSource(file, format: format, isOptions: imageOptions)
+            source.objects = object
+            var compact = ImageCompact(source)
             compact.compresses = compress
             let (work, shown) = (compact, shown)
             let result = try ToolSession.run { session throws(BlockError) in

@@ -82,6 +82,8 @@ import Testing
     @Test func whatIsCompactStays() throws {
         let place = try Workplace()
         try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "16M")
+        // Even a new image has tables that are not holes.
+        #expect(try place.merino("compact", "-f", "qcow2", "a.qcow2").status == 0)
         let inode = try place.tool("stat", "-c", "%i", "a.qcow2").output
         #expect(try place.merino("compact", "-f", "qcow2", "a.qcow2").status == 0)
         #expect(try place.tool("stat", "-c", "%i", "a.qcow2").output == inode)
@@ -119,33 +121,19 @@ import Testing
         #expect(try place.tool("qemu-img", "check", "-q", "a.qcow2").status == 0)
     }
 
-    @Test func whatCannotBeKeptIsNamed() throws {
-        let place = try Workplace()
-        let secret = ["--object", "secret,id=s,data=x"]
-        _ = try place.run(
-            "/usr/bin/env",
-            ["qemu-img", "create", "-q"] + secret
-                + [
-                    "-f", "qcow2", "-o",
-                    "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", "locked", "1M",
-                ])
-        try place.tool(
-            "qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=data", "apart", "1M")
-        for (name, word) in [("locked", "encrypted"), ("apart", "data file")] {
-            let result = try place.merino("compact", "-f", "qcow2", name)
-            #expect(result.status == 1 && result.errors.contains(word), "\(result.errors)")
-            #expect(
-                !FileManager.default.fileExists(atPath: "\(place.folder)/\(name).merino-partial"))
-        }
-    }
-
-    @Test func whatWouldBeLostIsRefused() throws {
+    @Test func damageLeavesTheImageAsItIs() throws {
         let place = try Workplace()
         try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "16M")
-        try place.tool("qemu-img", "snapshot", "-c", "one", "a.qcow2")
+        try place.tool("qemu-io", "-c", "write -P 1 0 8M", "-c", "write -c -P 5 9M 64k", "a.qcow2")
+        // The compressed cluster is the last thing in the file.
+        let size = try Data(contentsOf: URL(fileURLWithPath: "\(place.folder)/a.qcow2")).count
+        try place.tool(
+            "dd", "if=/dev/urandom", "of=a.qcow2", "bs=1", "count=32", "seek=\(size - 60)",
+            "conv=notrunc", "status=none")
+        try place.tool("cp", "a.qcow2", "copy.qcow2")
         let result = try place.merino("compact", "-f", "qcow2", "a.qcow2")
-        #expect(result.status == 1 && result.errors.contains("snapshots"), "\(result.errors)")
-        #expect(try place.tool("qemu-img", "check", "-q", "a.qcow2").status == 0)
+        #expect(result.status == 1 && result.errors.contains("damaged"), "\(result.errors)")
+        #expect(try place.tool("cmp", "a.qcow2", "copy.qcow2").status == 0)
         #expect(!FileManager.default.fileExists(atPath: "\(place.folder)/a.qcow2.merino-partial"))
     }
 }

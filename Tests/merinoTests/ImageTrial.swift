@@ -110,7 +110,7 @@ final class ImageTrial {
 
     func step() throws {
         let hasBacking = try info(ours: false)["backing-filename"] != nil
-        switch random.below(12) {
+        switch random.below(13) {
         case 0, 1, 2: try write(to: opening.options, opening.name)
         case 3: try resize()
         case 4: try convert()
@@ -120,6 +120,7 @@ final class ImageTrial {
         case 8: try changeBitmaps()
         case 9: try amend()
         case 10: try repair()
+        case 11: try compact()
         default: try leaveBacking(hasBacking)
         }
     }
@@ -204,6 +205,11 @@ final class ImageTrial {
         try run(
             ["check", "-q", "-r", pick(["leaks", "all"])] + opening.options + [opening.name],
             ours: snapshots.isEmpty ? nil : true)
+    }
+
+    private func compact() throws {
+        let compress = random.chance(300) ? ["-c"] : []
+        try run(["compact", "-q"] + compress + opening.options + [opening.name], ours: true)
     }
 
     private func leaveBacking(_ hasBacking: Bool) throws {

@@ -77,6 +77,17 @@ extension QCOW2 {
         _ source: UnsafeRawBufferPointer, into target: UnsafeMutableRawBufferPointer,
         _ type: CompressionType
     ) -> Bool {
+        decompressedCount(source, into: target, type) != nil
+    }
+
+    /// Decompresses one cluster; the stream may be followed by other bytes.
+    ///
+    /// - Returns: bytes of the stream; all there are where it does not say where it ends; `nil` where it
+    ///   does not fill the cluster.
+    static func decompressedCount(
+        _ source: UnsafeRawBufferPointer, into target: UnsafeMutableRawBufferPointer,
+        _ type: CompressionType
+    ) -> Int? {
         switch type {
         case .zlib: inflate(source, into: target)
         case .zstd: decompressZstd(source, into: target)
@@ -86,11 +97,11 @@ extension QCOW2 {
     /// Raw deflate, without zlib's header (§Compressed clusters).
     private static func inflate(
         _ source: UnsafeRawBufferPointer, into target: UnsafeMutableRawBufferPointer
-    ) -> Bool {
+    ) -> Int? {
         var stream = z_stream()
         let opened = inflateInit2_(
             &stream, -15, ZLIB_VERSION, Int32(MemoryLayout<z_stream>.size))
-        guard opened == Z_OK else { return false }
+        guard opened == Z_OK else { return nil }
         defer { inflateEnd(&stream) }
         stream.next_in = UnsafeMutablePointer(
             mutating: source.baseAddress?.assumingMemoryBound(to: UInt8.self))
@@ -98,23 +109,28 @@ extension QCOW2 {
         stream.next_out = target.baseAddress?.assumingMemoryBound(to: UInt8.self)
         stream.avail_out = UInt32(target.count)
         let result = CZlib.inflate(&stream, Z_FINISH)
-        return (result == Z_STREAM_END || result == Z_BUF_ERROR) && stream.avail_out == 0
+        guard result == Z_STREAM_END || result == Z_BUF_ERROR, stream.avail_out == 0 else {
+            return nil
+        }
+        return result == Z_STREAM_END ? source.count - Int(stream.avail_in) : source.count
     }
 
     private static func decompressZstd(
         _ source: UnsafeRawBufferPointer, into target: UnsafeMutableRawBufferPointer
-    ) -> Bool {
-        guard let context = ZSTD_createDCtx() else { return false }
+    ) -> Int? {
+        guard let context = ZSTD_createDCtx() else { return nil }
         defer { ZSTD_freeDCtx(context) }
         var input = ZSTD_inBuffer(src: source.baseAddress, size: source.count, pos: 0)
         var output = ZSTD_outBuffer(dst: target.baseAddress, size: target.count, pos: 0)
+        var isEnded = false
         while output.pos < output.size {
             let before = (input.pos, output.pos)
             let result = ZSTD_decompressStream(context, &output, &input)
-            if ZSTD_isError(result) != 0 { return false }
+            if ZSTD_isError(result) != 0 { return nil }
             // No progress: the stream is shorter than a cluster.
-            if before == (input.pos, output.pos) { return false }
+            if before == (input.pos, output.pos) { return nil }
+            isEnded = result == 0
         }
-        return true
+        return isEnded ? input.pos : source.count
     }
 }
