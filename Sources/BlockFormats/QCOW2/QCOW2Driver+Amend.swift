@@ -257,20 +257,10 @@ extension QCOW2Driver {
 
     // MARK: Version 2
 
-    /// Version 2 has no clusters of zeroes: they become unallocated, or data over a backing image.
     private func downgrade() async throws(BlockError) {
-        try await checkSnapshotsForZeroes()
         if image.header.compatible.contains(.lazyRefcounts) { try await setLazyRefcounts(false) }
         hasZeroFlag = true
-        var offset = 0
-        while offset < node.size {
-            let run = try await run(at: offset, limit: node.size - offset, of: self)
-            if run.kind == .zeroPlain || run.kind == .zeroAllocated {
-                try await writeOutZeroes(ByteRange(offset, run.count))
-            }
-            offset += run.count
-        }
-        try await commit()
+        try await writeOutZeroes()
         try await refcounts.writeBlocks()
         try await file.flush()
         try await rewriteHeader { header in
@@ -281,50 +271,5 @@ extension QCOW2Driver {
             header.extensions.removeAll { $0.type == QCOW2.HeaderExtension.featureNames }
         }
         hasZeroFlag = false
-    }
-
-    /// - Throws: `unsupported` where a snapshot has clusters of zeroes: only the disk's can be written out.
-    private func checkSnapshotsForZeroes() async throws(BlockError) {
-        var seen = Set<UInt64>()
-        for snapshot in snapshots {
-            for entry in try await readL1(of: snapshot) {
-                let table = QCOW2.L1Entry(rawValue: entry).offset
-                guard table != 0, seen.insert(UInt64(table)).inserted else { continue }
-                let entries = try await Self.readTable(file, table, geometry.l2EntryCount)
-                guard entries.contains(where: Self.isZero) else { continue }
-                let name = QCOW2Check.printable(snapshot.name)
-                throw BlockError(
-                    .unsupported,
-                    "snapshot '\(name)' holds clusters of zeroes, which version 2 of qcow2 does not "
-                        + "know", remedy: "delete the snapshot, or convert the image")
-            }
-        }
-    }
-
-    private static func isZero(_ raw: UInt64) -> Bool {
-        switch QCOW2.L2Entry(rawValue: raw).kind(hasZeroFlag: true, hasDataFile: false) {
-        case .zeroPlain, .zeroAllocated: true
-        default: false
-        }
-    }
-
-    private func writeOutZeroes(_ range: ByteRange) async throws(BlockError) {
-        let shown = node.backing.map { max(0, min(range.end, $0.size) - range.offset) } ?? 0
-        let size = geometry.clusterSize
-        let mask = size - 1
-        let hidden = min((shown + mask) & ~mask, range.count)
-        let zeroes = try IOVector(allocating: max(size, 1 << 20))
-        zeroes.fill(0)
-        var done = 0
-        while done < hidden {
-            let count = min(zeroes.count, hidden - done)
-            try await write(range.offset + done, from: zeroes.slice(0, count), [])
-            done += count
-        }
-        guard hidden < range.count else { return }
-        let end = (range.end + mask) & ~mask
-        try await changeEntries((range.offset + hidden, end), makesTables: false) { _, _ in
-            .init(rawValue: 0)
-        }
     }
 }

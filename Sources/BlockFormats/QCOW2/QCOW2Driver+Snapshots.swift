@@ -292,7 +292,7 @@ extension QCOW2Driver: InternalSnapshotStore {
     // MARK: Steps
 
     /// Everything is on disk, and nothing of the L2 tables in memory.
-    private func prepareChange() async throws(BlockError) {
+    func prepareChange() async throws(BlockError) {
         if node.isReadOnly {
             throw BlockError(.readOnly, "the image is read-only", node: node.name)
         }
