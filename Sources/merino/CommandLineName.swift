@@ -1,3 +1,5 @@
+import BlockCore
+
 /// Which command line the program was called with: its own, or that of one of QEMU's tools by the
 /// name of a link.
 struct CommandLineName {
@@ -13,10 +15,19 @@ struct CommandLineName {
     let traces: [String]
     /// What `--version` prints.
     let version: String
+    /// What is wrong with the arguments already.
+    let failure: BlockError?
 
     init(_ all: [String]) {
         let name = all.first?.split(separator: "/").last.map(String.init) ?? "merino"
-        let rest = Array(all.dropFirst())
+        var rest = Array(all.dropFirst())
+        var failure: BlockError?
+        do throws(BlockError) {
+            rest = try ToolOptions.withWholeNames(rest, of: name)
+        } catch {
+            failure = error
+        }
+        self.failure = failure
         var traces: [String] = []
         switch name {
         case "qemu-img":

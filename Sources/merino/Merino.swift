@@ -49,6 +49,7 @@ import ImageTools
 
     static func main() {
         do {
+            if let failure = line.failure { throw failure }
             if try TraceArguments.apply(line.traces) { end(0) }
             guard program != "qemu-img" || !line.arguments.isEmpty else {
                 throw Failure("a command is missing; try 'qemu-img --help'")
