@@ -251,10 +251,17 @@ public final class BlockGraph: @unchecked Sendable {
         var closing = takeUnheld(candidates)
         while !closing.isEmpty {
             let node = closing.removeFirst()
-            do throws(BlockError) {
-                if node.isOpen { try await node.driver.close() }
-            } catch {
-                failure = failure ?? error.on(node: node.name)
+            if node.isOpen {
+                do throws(BlockError) {
+                    try await node.flushBeforeClosing()
+                } catch {
+                    failure = failure ?? error.on(node: node.name)
+                }
+                do throws(BlockError) {
+                    try await node.driver.close()
+                } catch {
+                    failure = failure ?? error.on(node: node.name)
+                }
             }
             let children = node.children.map(\.node)
             let transaction = GraphTransaction(self)

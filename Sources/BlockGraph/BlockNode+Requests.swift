@@ -113,6 +113,7 @@ extension BlockNode {
     /// system tells of a failed write-back once: when a durable write is told, later flushes must tell
     /// it too.
     func failed(_ range: ByteRange, _ flags: WriteFlags, _ error: BlockError) {
+        changedSinceFlush = true
         for observer in writeObservers { observer.changed(range) }
         if flags.contains(.fua), driver.supportsFUA, error.code == .inputOutput {
             rememberFlushFailure(error)
@@ -129,6 +130,7 @@ extension BlockNode {
 
     @inline(__always)
     func written(_ range: ByteRange) {
+        changedSinceFlush = true
         if range.end > highestWrittenOffset { highestWrittenOffset = range.end }
         if !writeObservers.isEmpty {
             for observer in writeObservers { observer.changed(range) }
@@ -311,18 +313,28 @@ extension BlockNode {
             failed(inner, [], error)
             throw error
         }
+        changedSinceFlush = true
         for observer in writeObservers { observer.discarded(inner) }
     }
 
     func stickyFlush() async throws(BlockError) {
         if let flushFailure { throw flushFailure }
         if options.ignoresFlush && description.kind == .storage { return }
+        // What is written from here on needs another one.
+        changedSinceFlush = false
         do throws(BlockError) {
             try await driver.flush()
         } catch {
             rememberFlushFailure(error)
             throw error
         }
+    }
+
+    /// Before storage is closed: what nobody flushed, and a flush that failed, which its user may not
+    /// have asked about again.
+    func flushBeforeClosing() async throws(BlockError) {
+        guard description.kind == .storage, changedSinceFlush || flushFailure != nil else { return }
+        try await stickyFlush()
     }
 
     // MARK: Status

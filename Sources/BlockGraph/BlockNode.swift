@@ -64,6 +64,8 @@ public final class BlockNode: @unchecked Sendable {
     var tracker = RequestTracker()
     /// Invariant: once set it stays; every later flush reports it (design: a failed flush is sticky).
     var flushFailure: BlockError?
+    /// Something was changed after the last flush began.
+    var changedSinceFlush = false
     /// Bytes past this were never written through this node.
     public internal(set) var highestWrittenOffset = 0
     /// A blkdebug's own: told of events in its parent's work.

@@ -173,6 +173,7 @@ extension Edge {
         let identifier = try await node.begin(whole, serialising: true, end: 0)
         defer { node.tracker.leave(identifier) }
         do throws(BlockError) {
+            node.changedSinceFlush = true
             try await node.driver.resize(to: size, preallocation)
         } catch {
             throw error.on(node: node.name)

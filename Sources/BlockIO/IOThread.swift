@@ -78,7 +78,7 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
         running.reserveCapacity(256)
         let started = Latch<BlockError?>()
         let box = ThreadBody {
-            self.thread = pthread_self()
+            self.thread = Self.currentThread()
             #if os(Linux)
             self.systemIdentifier = Int(linux_thread_identifier())
             #endif
@@ -99,7 +99,18 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
 
     /// Whether the caller runs on this thread.
     @inline(__always)
-    public var isCurrent: Bool { pthread_equal(pthread_self(), thread) != 0 }
+    public var isCurrent: Bool { pthread_equal(Self.currentThread(), thread) != 0 }
+
+    /// Asks anew each time. glibc declares `pthread_self` as a function whose result is always the same, and so
+    /// the optimiser keeps that beyond a suspension, after which a task may be on another thread.
+    @inline(__always)
+    private static func currentThread() -> pthread_t {
+        #if os(Linux)
+        pthread_t(linux_current_thread())
+        #else
+        pthread_self()
+        #endif
+    }
 
     /// Traps when the caller is not on this thread: the guard of confined objects.
     @inline(__always)

@@ -5,7 +5,7 @@ import ImageTools
 /// `merino amend`: changes an image that is there already, with the options of `qemu-img amend`.
 struct AmendCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "amend",
+        commandName: "amend", _superCommandName: "merino",
         abstract: "Change an image's version, backing file, size or keys, as qemu-img amend does.")
 
     @Argument(help: "The image.") var file: String?

@@ -5,7 +5,8 @@ import ImageTools
 /// `merino bench`: times requests, with the options of `qemu-img bench`.
 struct BenchCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "bench", abstract: "Time reads or writes of an image, as qemu-img bench does.")
+        commandName: "bench", _superCommandName: "merino",
+        abstract: "Time reads or writes of an image, as qemu-img bench does.")
 
     @Argument(help: "The image.") var file: String
     @OptionGroup var image: ImageArguments

@@ -5,7 +5,7 @@ import ImageTools
 /// `merino bitmap`: the dirty bitmaps that an image keeps, with the options of `qemu-img bitmap`.
 struct BitmapCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "bitmap",
+        commandName: "bitmap", _superCommandName: "merino",
         abstract: "Add, remove or change a dirty bitmap of an image, as qemu-img bitmap does.",
         discussion: """
             Actions are carried out in the order in which they are given, and each may be given \

@@ -6,7 +6,8 @@ import ImageTools
 /// `merino check`: what is wrong inside of an image, with the options of `qemu-img check`.
 struct CheckCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "check", abstract: "Look for damage in an image, as qemu-img check does.",
+        commandName: "check", _superCommandName: "merino",
+        abstract: "Look for damage in an image, as qemu-img check does.",
         discussion: """
             The exit code is 0 when the image is clean, 1 when the check could not be done, 2 when it \
             is corrupt, 3 when clusters are leaked, and 63 when images of its format have nothing \

@@ -5,7 +5,7 @@ import ImageTools
 /// `merino commit`: an image's data into an image below it, with the options of `qemu-img commit`.
 struct CommitCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "commit",
+        commandName: "commit", _superCommandName: "merino",
         abstract: "Write what an image has into an image below it, as qemu-img commit does.")
 
     @Argument(help: "The image.") var file: String

@@ -5,7 +5,7 @@ import ImageTools
 /// `merino compact`: an image without the space that it does not need.
 struct CompactCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "compact",
+        commandName: "compact", _superCommandName: "merino",
         abstract: "Rewrite an image without unused space, prove the copy, and swap it in.",
         discussion: """
             The image is held while it is copied to NAME.merino-partial beside it, with its snapshots, \

@@ -5,7 +5,7 @@ import ImageTools
 /// `merino compare`: whether two images have the same contents, with the options of `qemu-img compare`.
 struct CompareCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "compare",
+        commandName: "compare", _superCommandName: "merino",
         abstract: "Say whether two images have the same contents, as qemu-img compare does.",
         discussion: """
             The exit code is 0 for identical images, 1 for different ones, 2 when an image cannot be \

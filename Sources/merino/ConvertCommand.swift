@@ -5,7 +5,7 @@ import ImageTools
 /// `merino convert`: an image in another format or place, with the options of `qemu-img convert`.
 struct ConvertCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "convert",
+        commandName: "convert", _superCommandName: "merino",
         abstract: "Copy an image to another format, as qemu-img convert does.",
         discussion: """
             The last name is the target; several sources are joined. The target gets its name when all \

@@ -5,7 +5,8 @@ import ImageTools
 /// `merino create`: a new image, with the options of `qemu-img create`.
 struct CreateCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "create", abstract: "Make a new image, as qemu-img create does.",
+        commandName: "create", _superCommandName: "merino",
+        abstract: "Make a new image, as qemu-img create does.",
         discussion: """
             Sizes are bytes, or take a unit: k, M, G, T, P, E (powers of 1024). With a backing \
             image the size may be left out: the new image is as large as the backing one.

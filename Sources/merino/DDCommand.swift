@@ -5,7 +5,8 @@ import ImageTools
 /// `merino dd`: a part of an image in a new one, with the options of `qemu-img dd`.
 struct DDCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "dd", abstract: "Copy a part of an image, as qemu-img dd does.",
+        commandName: "dd", _superCommandName: "merino",
+        abstract: "Copy a part of an image, as qemu-img dd does.",
         discussion: """
             Operands: if=IMAGE of=IMAGE bs=BYTES count=BLOCKS skip=BLOCKS isize=BYTES osize=BYTES. As in \
             qemu-img, count includes the blocks that are skipped.

@@ -6,7 +6,8 @@ import StorageDaemon
 /// `merino daemon`: the storage daemon, with the options of `qemu-storage-daemon(1)`.
 struct DaemonCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "daemon", abstract: "Serve disk images, controlled over QMP.")
+        commandName: "daemon", _superCommandName: "merino",
+        abstract: "Serve disk images, controlled over QMP.")
 
     // The order of the options counts, so that they are parsed by their own rules.
     @Argument(parsing: .captureForPassthrough, help: "See merino daemon --help.")

@@ -10,7 +10,7 @@ import Musl
 /// `merino export`: an image, or a snapshot inside it, over NBD to as many readers as come.
 struct ExportCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "export",
+        commandName: "export", _superCommandName: "merino",
         abstract: "Export an image, or a snapshot inside it, and print where to read it.",
         discussion: """
             Read-only unless --writable is given. It goes on until Ctrl-C. Without -k, -p or -b it \

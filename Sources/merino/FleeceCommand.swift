@@ -13,7 +13,7 @@ import Musl
 /// `merino fleece`: a frozen, exported view of a live disk, in one command.
 struct FleeceCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "fleece",
+        commandName: "fleece", _superCommandName: "merino",
         abstract: "Freeze a live disk and export the frozen view until Ctrl-C.",
         discussion: """
             The disk is a node of a running daemon (--qmp), or an image file, which is then served \

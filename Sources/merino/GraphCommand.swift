@@ -11,7 +11,7 @@ struct GraphCommand: ParsableCommand {
     }
 
     static let configuration = CommandConfiguration(
-        commandName: "graph",
+        commandName: "graph", _superCommandName: "merino",
         abstract: "Draw the graph of an image and what is below it, or of a running daemon.",
         discussion: """
             With --qmp it is the daemon's graph as it is at this moment, exports included; else that \

@@ -6,7 +6,8 @@ import ImageTools
 /// `merino io`: reads and writes an image command by command, with the options of `qemu-io`.
 struct IOCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "io", abstract: "Read and write an image by commands, as qemu-io does.",
+        commandName: "io", _superCommandName: "merino",
+        abstract: "Read and write an image by commands, as qemu-io does.",
         discussion: """
             Commands come from -c, one after the other, or else from standard input, one a line. \
             'merino io -c help' lists them. The exit code is 1 when one of them failed.

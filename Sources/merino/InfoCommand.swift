@@ -11,7 +11,8 @@ enum OutputFormat: String, ExpressibleByArgument, CaseIterable {
 /// `merino info`: what an image is, with the options of `qemu-img info`.
 struct InfoCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "info", abstract: "Say what an image is, as qemu-img info does.")
+        commandName: "info", _superCommandName: "merino",
+        abstract: "Say what an image is, as qemu-img info does.")
 
     @Argument(help: "The image.") var file: String
     @OptionGroup var image: ImageArguments

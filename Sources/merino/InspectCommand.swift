@@ -5,7 +5,7 @@ import ImageTools
 /// `merino inspect`: what an image that nobody vouches for is.
 struct InspectCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "inspect",
+        commandName: "inspect", _superCommandName: "merino",
         abstract: "Say what an untrusted image is, opening nothing but it.",
         discussion: """
             Files that the image names (a backing file, a data file) are told, never opened. The \

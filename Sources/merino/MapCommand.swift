@@ -5,7 +5,8 @@ import ImageTools
 /// `merino map`: where an image's data lies, with the options of `qemu-img map`.
 struct MapCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "map", abstract: "Say where an image's data lies, as qemu-img map does.")
+        commandName: "map", _superCommandName: "merino",
+        abstract: "Say where an image's data lies, as qemu-img map does.")
 
     @Argument(help: "The image.") var file: String
     @OptionGroup var image: ImageArguments

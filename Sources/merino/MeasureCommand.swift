@@ -5,7 +5,7 @@ import ImageTools
 /// `merino measure`: the storage that a new image will take, with the options of `qemu-img measure`.
 struct MeasureCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "measure",
+        commandName: "measure", _superCommandName: "merino",
         abstract: "Say how much storage a new image will take, as qemu-img measure does.")
 
     @Argument(help: "The image to be copied.") var file: String?

@@ -5,7 +5,7 @@ import ImageTools
 /// `merino rebase`: another backing image for an image, with the options of `qemu-img rebase`.
 struct RebaseCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "rebase",
+        commandName: "rebase", _superCommandName: "merino",
         abstract: "Give an image another backing image, as qemu-img rebase does.",
         discussion: """
             The image's contents stay as they are: what differs between the old and the new backing image \

@@ -6,7 +6,8 @@ import ImageTools
 /// `merino resize`: gives an image another size, with the options of `qemu-img resize`.
 struct ResizeCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "resize", abstract: "Give an image another size, as qemu-img resize does.",
+        commandName: "resize", _superCommandName: "merino",
+        abstract: "Give an image another size, as qemu-img resize does.",
         discussion: """
             The size is bytes, or takes a unit: k, M, G, T, P, E; with + or - in front the image grows or \
             shrinks by that.

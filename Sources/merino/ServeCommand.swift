@@ -16,7 +16,8 @@ import Musl
 /// `merino serve`: one image over NBD, with the options of `qemu-nbd(8)`.
 struct ServeCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "serve", abstract: "Serve one image over NBD, as qemu-nbd does.",
+        commandName: "serve", _superCommandName: "merino",
+        abstract: "Serve one image over NBD, as qemu-nbd does.",
         discussion: """
             It ends on SIGINT, SIGTERM or SIGHUP, or without -t when the last client has left. \
             Listening sockets of a service manager (LISTEN_FDS) take the place of -k, -p and -b.

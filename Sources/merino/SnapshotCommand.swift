@@ -6,7 +6,7 @@ import ImageTools
 /// `merino snapshot`: the snapshots inside an image, with the options of `qemu-img snapshot`.
 struct SnapshotCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "snapshot",
+        commandName: "snapshot", _superCommandName: "merino",
         abstract: "List, make, apply and delete the snapshots inside an image.",
         discussion: """
             -a takes an identifier, or else a name; -d a name. Of several snapshots with one name \

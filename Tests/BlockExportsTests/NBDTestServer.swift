@@ -2,6 +2,7 @@ import BlockCore
 import BlockGraph
 import BlockIO
 import BlockProtocols
+import BlockTesting
 import Foundation
 import QMP
 import Synchronization
@@ -151,20 +152,11 @@ final class NBDTestServer: @unchecked Sendable {
 
     /// Runs a program; output and errors together. What hangs is ended after five minutes.
     func run(_ arguments: [String]) throws -> Output {
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/usr/bin/timeout")
-        process.arguments = ["300"] + arguments
-        process.environment = ["PATH": "/usr/bin:/bin", "HOME": folder, "LC_ALL": "C.UTF-8"]
-        process.currentDirectoryURL = URL(fileURLWithPath: folder)
-        let pipe = Pipe()
-        process.standardOutput = pipe
-        process.standardError = pipe
-        process.standardInput = FileHandle.nullDevice
-        try process.run()
-        let data = pipe.fileHandleForReading.readDataToEndOfFile()
-        process.waitUntilExit()
-        return Output(
-            status: process.terminationStatus, text: String(decoding: data, as: UTF8.self))
+        let result = try ChildProgram.run(
+            arguments, in: folder,
+            environment: ["PATH": "/usr/bin:/bin", "HOME": folder, "LC_ALL": "C.UTF-8"],
+            errors: .joined)
+        return Output(status: result.status, text: result.output)
     }
 
     /// Runs a program that must succeed.

@@ -3,6 +3,7 @@ import BlockFormats
 import BlockGraph
 import BlockIO
 import BlockProtocols
+import BlockTesting
 import Foundation
 import QMP
 import Testing
@@ -29,23 +30,13 @@ final class QCOW2TestFolder: Sendable {
     /// - Returns: what it wrote to standard output.
     @discardableResult
     func run(_ arguments: [String], status expected: Int32 = 0) throws -> String {
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
-        process.arguments = arguments
-        process.currentDirectoryURL = URL(fileURLWithPath: path)
-        let output = Pipe()
-        process.standardOutput = output
-        process.standardError = output
-        try process.run()
-        let data = output.fileHandleForReading.readDataToEndOfFile()
-        process.waitUntilExit()
-        let text = String(decoding: data, as: UTF8.self)
-        guard process.terminationStatus == expected else {
+        let result = try ChildProgram.run(arguments, in: path, errors: .joined)
+        guard result.status == expected else {
             throw ToolFailure(
                 description: "\(arguments.joined(separator: " ")): "
-                    + "status \(process.terminationStatus): \(text)")
+                    + "status \(result.status): \(result.output)")
         }
-        return text
+        return result.output
     }
 
     /// ``run(_:status:)`` for what makes keys: on a busy machine QEMU gives up measuring now and then.

@@ -136,4 +136,53 @@ import Glibc
         #expect(size == 1536)
         #expect(bytes == [UInt8](repeating: 1, count: 600) + [UInt8](repeating: 0, count: 936))
     }
+
+    // MARK: Closing
+
+    /// Writes the first block of a file, flushes `flushing` times, closes, and loses the power.
+    private static func written(
+        flushing: Int = 0, options: JSONObject = [:], faults: [FaultRule] = []
+    ) async throws -> (failure: BlockError?, bytes: [UInt8]) {
+        let simulation = Simulation(seed: 5)
+        simulation.disk.addFile("/disk", bytes: [UInt8](repeating: 1, count: 8192))
+        simulation.faults = faults
+        let failure = try await simulation.run { thread throws(BlockError) -> BlockError? in
+            let graph = BlockGraph(on: thread, registry: DriverRegistry(BlockProtocols.drivers))
+            let edge = try Self.write(try await Self.open(graph, "a", "/disk", options))
+            let data = try IOVector(allocating: 4096)
+            data.fill(2)
+            try await edge.write(0, from: data)
+            for _ in 0..<flushing { try? await edge.flush() }
+            try await graph.detach(edge)
+            do throws(BlockError) {
+                try await graph.closeAll()
+            } catch {
+                return error
+            }
+            return nil
+        }
+        var random = SeededRandom(seed: 1)
+        simulation.disk.crash(.nothing, using: &random)
+        return (failure, simulation.disk.bytes(of: "/disk") ?? [])
+    }
+
+    @Test func closingMakesDurableWhatNobodyFlushed() async throws {
+        let (failure, bytes) = try await Self.written()
+        #expect(failure == nil)
+        #expect(bytes.first == 2)
+    }
+
+    @Test func closingDoesNotFlushWhatIsNotToBeFlushed() async throws {
+        let (failure, bytes) = try await Self.written(options: ["cache": ["no-flush": true]])
+        #expect(failure == nil)
+        #expect(bytes.first == 1)
+    }
+
+    @Test(arguments: [0, 1])
+    func closingTellsOfAFlushThatFailed(before flushes: Int) async throws {
+        let (failure, _) = try await Self.written(
+            flushing: flushes,
+            faults: [FaultRule(.synchronize, path: "/disk", .fail(EIO), times: 1)])
+        #expect(failure?.node == "a")
+    }
 }

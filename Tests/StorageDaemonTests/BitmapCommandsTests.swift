@@ -1,4 +1,5 @@
 import BlockCore
+import BlockTesting
 import Foundation
 import QMP
 import Testing
@@ -53,16 +54,9 @@ import Testing
 
     @discardableResult
     static func shell(_ arguments: [String]) throws -> String {
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
-        process.arguments = arguments
-        let output = Pipe()
-        process.standardOutput = output
-        try process.run()
-        let data = output.fileHandleForReading.readDataToEndOfFile()
-        process.waitUntilExit()
-        try #require(process.terminationStatus == 0, "\(arguments)")
-        return String(decoding: data, as: UTF8.self)
+        let result = try ChildProgram.run(arguments)
+        try #require(result.status == 0, "\(arguments): \(result.errors)")
+        return result.output
     }
 
     /// `dirty-bitmaps` of node `r`, sorted by name and member.
@@ -86,21 +80,14 @@ import Testing
         defer { try? FileManager.default.removeItem(atPath: folder) }
         _ = FileManager.default.createFile(
             atPath: "\(folder)/disk", contents: Data(count: 1 << 20))
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
-        process.arguments =
+        let daemon = try ChildProgram(
             [
                 "qemu-storage-daemon", "--chardev",
                 "socket,id=q,path=\(folder)/qmp,server=on,wait=off",
             ]
-            + ["--monitor", "q", "--pidfile", "\(folder)/pid"]
-            + disk.map { $0.replacingOccurrences(of: "$", with: folder) }
-        try process.run()
-        defer {
-            // Signals that can be blocked may be, in what is started from here.
-            kill(process.processIdentifier, SIGKILL)
-            process.waitUntilExit()
-        }
+                + ["--monitor", "q", "--pidfile", "\(folder)/pid"]
+                + disk.map { $0.replacingOccurrences(of: "$", with: folder) })
+        defer { daemon.end() }
         for _ in 0..<1000 where !FileManager.default.fileExists(atPath: "\(folder)/pid") {
             usleep(10_000)
         }

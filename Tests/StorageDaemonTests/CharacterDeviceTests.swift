@@ -1,3 +1,4 @@
+import BlockTesting
 import Foundation
 import QMP
 import Testing
@@ -112,16 +113,11 @@ import Testing
                 good("block-export-add", type="nbd", id="e", node_name="f", writable=True)
                 """
             #expect(try PythonPackages.run(script, daemon.folder) == 0)
-            let process = Process()
-            process.executableURL = URL(fileURLWithPath: "/usr/bin/qemu-io")
-            process.arguments = [
-                "-f", "raw", "-c", "write -P 5 0 4k",
+            let result = try ChildProgram.run([
+                "qemu-io", "-f", "raw", "-c", "write -P 5 0 4k",
                 "nbd+unix:///f?socket=\(daemon.folder)/passed",
-            ]
-            process.standardOutput = FileHandle.nullDevice
-            try process.run()
-            process.waitUntilExit()
-            #expect(process.terminationStatus == 0)
+            ])
+            #expect(result.status == 0, "\(result.errors)")
             try daemon.client().execute("nbd-server-stop")
             let disk = try #require(FileManager.default.contents(atPath: "\(daemon.folder)/moved"))
             #expect(disk.prefix(4096).allSatisfy { $0 == 5 })

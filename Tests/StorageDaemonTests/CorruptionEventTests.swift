@@ -1,6 +1,7 @@
 import BlockCore
 import BlockGraph
 import BlockIO
+import BlockTesting
 import Foundation
 import QMP
 import Synchronization
@@ -11,14 +12,8 @@ import Testing
 /// `BLOCK_IMAGE_CORRUPTED`: an image that turns out to be corrupt is announced, once.
 @Suite struct CorruptionEventTests {
     private func run(_ arguments: [String], in folder: String) throws {
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
-        process.arguments = arguments
-        process.currentDirectoryURL = URL(fileURLWithPath: folder)
-        process.standardOutput = FileHandle.nullDevice
-        try process.run()
-        process.waitUntilExit()
-        #expect(process.terminationStatus == 0)
+        let result = try ChildProgram.run(arguments, in: folder)
+        #expect(result.status == 0, "\(result.errors)")
     }
 
     @Test func anImageFoundCorruptIsAnnouncedOnce() async throws {

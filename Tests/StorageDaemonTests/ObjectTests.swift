@@ -1,6 +1,7 @@
 import BlockCore
 import BlockIO
 import BlockTLS
+import BlockTesting
 import Foundation
 import QMP
 import Testing
@@ -35,19 +36,10 @@ import Testing
         func hex(_ bytes: [UInt8]) -> String {
             bytes.map { String(format: "%02x", $0) }.joined()
         }
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/usr/bin/openssl")
-        process.arguments = [
-            "enc", "-aes-256-cbc", "-a", "-K", hex(Self.key), "-iv", hex(Self.vector),
-        ]
-        let (input, output) = (Pipe(), Pipe())
-        process.standardInput = input
-        process.standardOutput = output
-        try process.run()
-        input.fileHandleForWriting.write(Data(text.utf8))
-        input.fileHandleForWriting.closeFile()
-        process.waitUntilExit()
-        return String(decoding: output.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
+        return try ChildProgram.run(
+            ["openssl", "enc", "-aes-256-cbc", "-a", "-K", hex(Self.key), "-iv", hex(Self.vector)],
+            input: text
+        ).output
     }
 
     private func secret(_ id: String, _ more: JSONObject) -> JSONValue {
@@ -173,18 +165,11 @@ import Testing
             try client.execute(
                 "block-export-add", ["type": "nbd", "id": "x", "node-name": "r"])
             func comesIn(_ name: String) throws -> Bool {
-                let process = Process()
-                process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
-                process.arguments = [
+                try ChildProgram.run([
                     "nbdinfo", "--size",
                     "nbds+unix://\(name)@/r?socket=\(daemon.folder)/tls&tls-psk-file="
                         + "\(daemon.folder)/keys.psk",
-                ]
-                process.standardOutput = FileHandle.nullDevice
-                process.standardError = FileHandle.nullDevice
-                try process.run()
-                process.waitUntilExit()
-                return process.terminationStatus == 0
+                ]).status == 0
             }
             #expect(try comesIn("alice"))
             #expect(!(try comesIn("bob")))
@@ -207,17 +192,13 @@ import Testing
                 "addr.type=unix,addr.path=$/nbd,tls-creds=t", "--export", "nbd,id=e,node-name=f",
             ]
         ) { daemon in
-            let process = Process()
-            process.executableURL = URL(fileURLWithPath: "/usr/bin/qemu-io")
-            process.arguments = [
-                "--object", "tls-creds-anon,id=c,endpoint=client", "-r", "--image-opts", "-c",
+            let result = try ChildProgram.run([
+                "qemu-io", "--object", "tls-creds-anon,id=c,endpoint=client", "-r", "--image-opts",
+                "-c",
                 "read 0 4k",
                 "driver=nbd,server.type=unix,server.path=\(daemon.folder)/nbd,export=f,tls-creds=c",
-            ]
-            process.standardOutput = FileHandle.nullDevice
-            try process.run()
-            process.waitUntilExit()
-            #expect(process.terminationStatus == 0)
+            ])
+            #expect(result.status == 0, "\(result.errors)")
         }
     }
 

@@ -1,3 +1,4 @@
+import BlockTesting
 import Foundation
 
 /// The Python packages that tests use: where scripts/setup puts them, in this checkout or in the one
@@ -28,14 +29,11 @@ enum PythonPackages {
     static func run(
         _ script: String, _ argument: String, isQuiet: Bool = false
     ) throws -> Int32 {
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
-        process.arguments = ["python3", "-c", script, argument]
-        process.environment = ProcessInfo.processInfo.environment.merging(
-            ["PYTHONPATH": path], uniquingKeysWith: { $1 })
-        if isQuiet { process.standardError = FileHandle.nullDevice }
-        try process.run()
-        process.waitUntilExit()
-        return process.terminationStatus
+        let result = try ChildProgram.run(
+            ["python3", "-c", script, argument],
+            environment: ProcessInfo.processInfo.environment.merging(
+                ["PYTHONPATH": path], uniquingKeysWith: { $1 }))
+        if !isQuiet, result.status != 0 { print(result.output + result.errors) }
+        return result.status
     }
 }

@@ -1,3 +1,4 @@
+import BlockTesting
 import Foundation
 import QMP
 import Testing
@@ -10,16 +11,11 @@ import Testing
 
     /// Has qemu-io carry out `commands` on the export.
     static func use(_ daemon: MonitoredDaemon, _ commands: String...) throws {
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/usr/bin/qemu-io")
-        process.arguments =
-            ["-f", "raw"] + commands.flatMap { ["-c", $0] } + [
+        let result = try ChildProgram.run(
+            ["qemu-io", "-f", "raw"] + commands.flatMap { ["-c", $0] } + [
                 "nbd+unix:///r?socket=\(daemon.folder)/nbd"
-            ]
-        process.standardOutput = FileHandle.nullDevice
-        try process.run()
-        process.waitUntilExit()
-        try #require(process.terminationStatus == 0)
+            ])
+        try #require(result.status == 0, "\(result.errors)")
     }
 
     static func element(_ list: JSONValue, _ key: String, _ value: JSONValue) -> JSONValue? {
@@ -114,12 +110,8 @@ import Testing
                 ["-f", "qcow2", "\(daemon.folder)/base", "1M"],
                 ["-f", "qcow2", "-b", "base", "-F", "qcow2", "\(daemon.folder)/top"],
             ] {
-                let process = Process()
-                process.executableURL = URL(fileURLWithPath: "/usr/bin/qemu-img")
-                process.arguments = ["create", "-q"] + arguments
-                try process.run()
-                process.waitUntilExit()
-                try #require(process.terminationStatus == 0)
+                let result = try ChildProgram.run(["qemu-img", "create", "-q"] + arguments)
+                try #require(result.status == 0, "\(result.errors)")
             }
             let client = try daemon.client()
             let folder = daemon.folder

@@ -1,6 +1,7 @@
 import BlockCore
 import BlockGraph
 import BlockIO
+import BlockTesting
 import Foundation
 import QMP
 import Testing
@@ -23,24 +24,13 @@ final class ReopeningFolder: Sendable {
     /// - Returns: the exit status.
     @discardableResult
     func run(_ arguments: String...) throws -> Int32 {
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
-        process.arguments = arguments.map { $0.replacingOccurrences(of: "$", with: path) }
-        process.standardOutput = FileHandle.nullDevice
-        process.standardError = FileHandle.nullDevice
-        try process.run()
-        process.waitUntilExit()
-        return process.terminationStatus
+        try ChildProgram.run(arguments.map { $0.replacingOccurrences(of: "$", with: path) }).status
     }
 
     func image(_ name: String, _ arguments: String..., size: String = "1M") throws {
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/usr/bin/qemu-img")
-        process.arguments =
-            ["create", "-q"] + arguments + [self[name], size]
-        try process.run()
-        process.waitUntilExit()
-        try #require(process.terminationStatus == 0)
+        let result = try ChildProgram.run(
+            ["qemu-img", "create", "-q"] + arguments + [self[name], size])
+        try #require(result.status == 0, "\(result.errors)")
     }
 
     func graph<T: Sendable>(

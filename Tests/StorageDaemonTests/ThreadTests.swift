@@ -1,4 +1,5 @@
 import BlockCore
+import BlockTesting
 import Foundation
 import QMP
 import Testing
@@ -399,30 +400,20 @@ import Testing
 final class Worker {
     /// libnbd's Python module is the system's.
     private static let interpreter = "/usr/bin/python3"
-    private let process = Process()
-    private let input = Pipe()
-    private let pipe = Pipe()
+    private let program: ChildProgram
 
     init(_ script: String, _ arguments: [String]) throws {
-        process.executableURL = URL(fileURLWithPath: Self.interpreter)
-        process.arguments = ["-c", Self.beginning + script] + arguments
-        process.standardInput = input
-        process.standardOutput = pipe
-        try process.run()
+        program = try ChildProgram(
+            [Self.interpreter, "-c", Self.beginning + script] + arguments, input: .held,
+            errors: .joined)
     }
 
-    var isRunning: Bool { process.isRunning }
+    var isRunning: Bool { program.isRunning }
 
-    func askToEnd() {
-        try? input.fileHandleForWriting.write(contentsOf: Data("\n".utf8))
-    }
+    func askToEnd() { program.send("\n") }
 
     /// What it printed, once it has ended.
-    func output() -> String {
-        let data = pipe.fileHandleForReading.readDataToEndOfFile()
-        process.waitUntilExit()
-        return String(decoding: data, as: UTF8.self)
-    }
+    func output() -> String { program.wait().output }
 
     private static let beginning = """
         import nbd, random, select, struct, sys

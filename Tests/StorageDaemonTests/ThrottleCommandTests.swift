@@ -1,4 +1,5 @@
 import BlockCore
+import BlockTesting
 import Foundation
 import QMP
 import Testing
@@ -53,16 +54,10 @@ import Testing
     ])
     func limitsAreTakenAsByQEMU(options: String) async throws {
         let text = "throttle-group,id=g" + (options.isEmpty ? "" : "," + options)
-        let process = Process()
-        process.executableURL = URL(fileURLWithPath: "/usr/bin/qemu-storage-daemon")
         // The second option ends it, whatever becomes of the first.
-        process.arguments = ["--object", text, "--blockdev", "driver=null-co"]
-        let errors = Pipe()
-        process.standardError = errors
-        try process.run()
-        let message = String(
-            decoding: errors.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
-        process.waitUntilExit()
+        let message = try ChildProgram.run([
+            "qemu-storage-daemon", "--object", text, "--blockdev", "driver=null-co",
+        ]).errors
         let isAccepted = message.contains("node-name")
         do {
             try await MonitoredDaemon.with(["--object", text]) { _ in }

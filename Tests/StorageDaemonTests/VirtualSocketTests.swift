@@ -1,3 +1,4 @@
+import BlockTesting
 import Foundation
 import QMP
 import Testing
@@ -39,12 +40,8 @@ struct VirtualSocketTests {
             guard Self.hasLoopback else { return }
             try client.execute(
                 "block-export-add", ["type": "nbd", "id": "v", "node-name": "r"])
-            let process = Process()
-            process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
-            process.arguments = ["nbdinfo", "--size", "nbd+vsock://1:\(port)/r"]
-            try process.run()
-            process.waitUntilExit()
-            #expect(process.terminationStatus == 0)
+            let result = try ChildProgram.run(["nbdinfo", "--size", "nbd+vsock://1:\(port)/r"])
+            #expect(result.status == 0, "\(result.errors)")
         }
     }
 }

@@ -1,12 +1,8 @@
+import BlockTesting
 import Foundation
 import Testing
 
-/// What a program left behind.
-struct ProgramResult {
-    let status: Int32
-    let output: String
-    let errors: String
-}
+typealias ProgramResult = ChildProgram.Output
 
 /// Runs programs in a private folder that is removed at the end.
 final class Workplace {
@@ -35,7 +31,7 @@ final class Workplace {
     /// A program of the system, found in `PATH`.
     @discardableResult
     func tool(_ arguments: String..., input: String = "") throws -> ProgramResult {
-        try run("/usr/bin/env", arguments, input: input)
+        try run(arguments[0], Array(arguments.dropFirst()), input: input)
     }
 
     func run(_ program: String, _ arguments: [String], input: String = "") throws -> ProgramResult {
@@ -50,26 +46,8 @@ final class Workplace {
     private func runOnce(
         _ program: String, _ arguments: [String], _ input: String
     ) throws -> ProgramResult {
-        let process = Process()
         // What hangs ends the test, not the whole run.
-        process.executableURL = URL(fileURLWithPath: "/usr/bin/timeout")
-        process.arguments = ["120", program] + arguments
-        process.currentDirectoryURL = URL(fileURLWithPath: folder)
-        // Files, not pipes: however much comes, nobody waits for anybody.
-        let names = ["in", "out", "err"].map { "\(folder)/.\($0)-\(UInt64.random(in: 0 ... .max))" }
-        try input.write(toFile: names[0], atomically: false, encoding: .utf8)
-        for name in names.dropFirst() {
-            try "".write(toFile: name, atomically: false, encoding: .utf8)
-        }
-        process.standardInput = FileHandle(forReadingAtPath: names[0])
-        process.standardOutput = FileHandle(forWritingAtPath: names[1])
-        process.standardError = FileHandle(forWritingAtPath: names[2])
-        try process.run()
-        process.waitUntilExit()
-        let texts = names.map { (try? String(contentsOfFile: $0, encoding: .utf8)) ?? "" }
-        for name in names { try? FileManager.default.removeItem(atPath: name) }
-        return ProgramResult(
-            status: process.terminationStatus, output: texts[1], errors: texts[2])
+        try ChildProgram.run([program] + arguments, in: folder, input: input, limit: 120)
     }
 
     /// Takes out what differs from run to run: times and rates.

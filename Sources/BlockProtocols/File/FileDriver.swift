@@ -395,7 +395,6 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         // Locks go when the last descriptor of the opening does, and a child process that is just being
         // started may have one: who opens the file next need not wait for that.
         locks?.release()
-        // Only what was flushed is promised to last; closing adds nothing to it.
         await file.close()
     }
 

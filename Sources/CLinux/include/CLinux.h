@@ -34,6 +34,7 @@ ssize_t linux_receive_with_descriptors(
 // Reads a key of the kernel's keyring: its length, whether or not it fits. keyctl(2), KEYCTL_READ.
 ssize_t linux_read_key(int serial, void *memory, size_t size);
 void linux_name_thread(const char *name); // of the caller, 15 bytes at most
+uintptr_t linux_current_thread(void);     // pthread_self, which the caller must not take for a constant
 int linux_thread_identifier(void);        // of the caller, as the system's tools show it
 
 // Drops the calling program's resident pages of code and constants; see CodePages.swift.
