@@ -40,6 +40,9 @@ public final class File: @unchecked Sendable {
     private var dropCount = 0
     private var dropSleepers: [UnsafeContinuation<Void, Never>] = []
     private static let dropCountMax = 8
+    /// Long writes to the page cache of a regular file. The file system lets one of them in at a time; the
+    /// others would spin until it is their turn.
+    private let longWrites: WorkLane?
 
     /// Transfers of this many bytes are copied on another processor: this thread goes on meanwhile.
     private static let asideBytesMin = 512 << 10
@@ -48,13 +51,14 @@ public final class File: @unchecked Sendable {
 
     private init(
         thread: IOThread, handle: IOHandle, path: String, isDirect: Bool,
-        _ immediateWrites: ImmediateWrites
+        isRegular: Bool, _ immediateWrites: ImmediateWrites
     ) {
         self.thread = thread
         self.handle = handle
         self.path = path
         self.isDirect = isDirect
         self.immediateWrites = immediateWrites
+        longWrites = isRegular && !isDirect && thread.engine.offloadsWork ? WorkLane() : nil
     }
 
     /// Opens `path` for use on `thread`, which the caller is on.
@@ -65,13 +69,14 @@ public final class File: @unchecked Sendable {
     ) async throws(BlockError) -> File {
         thread.preconditionOnThread()
         let system = thread.system
-        let (handle, immediate) = try await thread.offload {
-            () throws(BlockError) -> (IOHandle, ImmediateWrites) in
+        let (handle, isRegular, immediate) = try await thread.offload {
+            () throws(BlockError) -> (IOHandle, Bool, ImmediateWrites) in
             let handle = try system.open(path, options)
-            return (handle, system.immediateWrites(of: handle))
+            return (handle, Self.isRegular(handle, system), system.immediateWrites(of: handle))
         }
         return File(
-            thread: thread, handle: handle, path: name ?? path, isDirect: options.direct, immediate)
+            thread: thread, handle: handle, path: name ?? path, isDirect: options.direct,
+            isRegular: isRegular, immediate)
     }
 
     /// Takes over a file that somebody else opened, under the name it is to have in messages.
@@ -83,10 +88,20 @@ public final class File: @unchecked Sendable {
     ) async -> File {
         thread.preconditionOnThread()
         let system = thread.system
-        let immediate = await thread.offload { system.immediateWrites(of: handle) }
-        let file = File(thread: thread, handle: handle, path: path, isDirect: isDirect, immediate)
+        let (isRegular, immediate) = await thread.offload {
+            (Self.isRegular(handle, system), system.immediateWrites(of: handle))
+        }
+        let file = File(
+            thread: thread, handle: handle, path: path, isDirect: isDirect, isRegular: isRegular,
+            immediate)
         file.owner = owner
         return file
+    }
+
+    private static func isRegular(_ handle: IOHandle, _ system: any IOSystem) -> Bool {
+        do throws(BlockError) { return try system.status(of: handle).kind == .regular } catch {
+            return false
+        }
     }
 
     /// Gives the file to another thread; the caller is on the one that has it, and no request is in flight.
@@ -188,10 +203,16 @@ public final class File: @unchecked Sendable {
         }
         while done < vector.count {
             let rest = done == 0 ? vector : vector.slice(done, vector.count - done)
-            let operation = IOOperation.write(
-                handle, rest, offset: offset + done, durable: durable)
-            let result =
-                goesAside ? await thread.performAside(operation) : await thread.perform(operation)
+            let result: Int
+            if goesAside, !durable, let longWrites {
+                result = await write(rest, offset + done, in: longWrites)
+            } else {
+                let operation = IOOperation.write(
+                    handle, rest, offset: offset + done, durable: durable)
+                result =
+                    goesAside
+                    ? await thread.performAside(operation) : await thread.perform(operation)
+            }
             if result == -Int(EINTR) || result == -Int(EAGAIN) { continue }
             if result < 0 { throw failure("write", offset + done, result) }
             guard result > 0 else {
@@ -202,6 +223,16 @@ public final class File: @unchecked Sendable {
             done += result
         }
         if isStreaming { await pass(ByteRange(offset, done), written: true) }
+    }
+
+    private func write(_ vector: IOVector, _ offset: Int, in lane: WorkLane) async -> Int {
+        let handle = handle
+        return await withUnsafeContinuation { continuation in
+            lane.submit {
+                continuation.resume(
+                    returning: HostCalls.write(handle, vector, offset: offset))
+            }
+        }
     }
 
     /// Has the page cache drop what lies behind a long transfer. What was written goes to the disk first:

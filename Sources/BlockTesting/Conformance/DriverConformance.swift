@@ -82,6 +82,7 @@ public enum DriverConformance {
         for range in [ByteRange(0, 1), ByteRange(edge.size - 1, 1), ByteRange(70_001, 13)] {
             _ = await checks.status(range)
         }
+        await checks.statusInLists()
         return checks.violations
     }
 }
@@ -221,6 +222,38 @@ private final class Checks {
         violations.append(
             "\(when): byte \(range.offset + index) is \(found[index]), "
                 + "not \(expected[range.offset + index])")
+    }
+
+    /// Answers of any length say the same of every sector as runs one by one.
+    func statusInLists() async {
+        var told: [[ExtentFlags]] = []
+        for limit in [1, 3, 64] {
+            let answer = BlockStatusList(limit: limit)
+            var flags: [ExtentFlags] = []
+            var offset = 0
+            while offset < edge.size {
+                let range = ByteRange(from: offset, to: edge.size)
+                await succeeds("status of \(range)") { edge throws(BlockError) in
+                    try await edge.blockStatus(range, into: answer)
+                }
+                guard !answer.isEmpty, answer.byteCount <= range.count, answer.runs.count <= limit
+                else {
+                    violations.append(
+                        "status of \(range): \(answer.runs.count) runs of \(answer.byteCount) bytes"
+                    )
+                    return
+                }
+                for run in answer.runs {
+                    flags += [ExtentFlags](
+                        repeating: run.flags.subtracting(.endOfNode), count: run.count / 512)
+                    offset += run.count
+                }
+            }
+            told.append(flags)
+        }
+        if told.contains(where: { $0 != told[0] }) {
+            violations.append("long answers about status differ from short ones")
+        }
     }
 
     func status(_ range: ByteRange) async -> BlockStatus? {
