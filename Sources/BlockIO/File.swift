@@ -156,6 +156,11 @@ public final class File: @unchecked Sendable {
         return done
     }
 
+    /// For work on other threads that reads the file there; `nil` where it has to go through the engine.
+    public var reader: FileReader? {
+        !isDirect && thread.engine.offloadsWork ? FileReader(handle) : nil
+    }
+
     /// Reads what the page cache holds, without waiting.
     ///
     /// - Returns: whether all of `vector` was filled.
@@ -354,6 +359,21 @@ public final class File: @unchecked Sendable {
 
     private func failure(_ verb: String, _ offset: Int, _ result: Int) -> BlockError {
         .system("cannot \(verb) '\(path)' at offset \(offset)", Int32(truncatingIfNeeded: -result))
+    }
+}
+
+/// Reads a file on whatever thread the caller is on, which may have to wait: on a worker's. Valid while the
+/// ``File`` is open.
+public struct FileReader: Sendable {
+    private let handle: IOHandle
+
+    fileprivate init(_ handle: IOHandle) {
+        self.handle = handle
+    }
+
+    /// - Returns: whether all of `vector` was filled.
+    public func read(_ vector: IOVector, at offset: Int) -> Bool {
+        HostCalls.read(handle, vector, offset: offset) == vector.count
     }
 }
 

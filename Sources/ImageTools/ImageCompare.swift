@@ -1,5 +1,7 @@
 import BlockCore
 import BlockGraph
+import BlockIO
+import BlockProtocols
 
 #if canImport(Glibc)
 import Glibc
@@ -108,20 +110,23 @@ private final class Comparison: @unchecked Sendable {
         /// What has to be read of either image; what is not is zeroes.
         let readsFirst: Bool
         let readsSecond: Bool
+        /// Where in a file the bytes are, if that is known of all that has to be read.
+        let places: [FilePlace]?
     }
 
-    /// Two parts of this length, one of either image, stay in a processor's own cache between being
-    /// read and being compared, and are read without a trip through the engine where the page cache has them.
-    private static let partBytes = 256 << 10
-    /// Longer parts are of images whose clusters are longer: a compressed one is unpacked once then.
     private static let partBytesMax = 2 << 20
+    /// Two pieces of a part, one of either image, stay in a processor's own cache between being read and
+    /// being compared.
+    private static let pieceBytes = 128 << 10
     private static let workerCount = 8
     private static let sector = 512
 
     private let images: (Edge, Edge)
     private let isStrict: Bool
     private let progress: Progress
-    private let partLength: Int
+    private let pieceLength: Int
+    /// Whether an image's files may be read past its nodes.
+    private let isPlain: (Bool, Bool)
     private let common: Int
     private let end: Int
     private var offset = 0
@@ -146,7 +151,9 @@ private final class Comparison: @unchecked Sendable {
         self.isStrict = isStrict
         self.progress = progress
         let unit = max(first.node.limits.allocationUnit, second.node.limits.allocationUnit)
-        partLength = min(max(Self.partBytes, unit), Self.partBytesMax)
+        // Of a cluster that is longer: a compressed one is unpacked once then.
+        pieceLength = min(max(Self.pieceBytes, unit), Self.partBytesMax)
+        isPlain = (Self.isPlain(first.node), Self.isPlain(second.node))
         common = min(first.size, second.size)
         end = max(first.size, second.size)
     }
@@ -198,20 +205,21 @@ private final class Comparison: @unchecked Sendable {
                 continue
             }
             let limit = start < common ? common : end
-            offset = min(stop, start + partLength, limit)
+            offset = min(stop, start + Self.partBytesMax, limit)
             index += 1
             return Part(
                 index: index - 1, range: ByteRange(from: start, to: offset),
-                readsFirst: !first.isZero, readsSecond: !second.isZero)
+                readsFirst: !first.isZero, readsSecond: !second.isZero,
+                places: Self.places(of: [first, second].filter { !$0.isZero }, at: start))
         }
         return nil
     }
 
     private func statuses(at offset: Int) async -> (ImageSideStatus, ImageSideStatus)? {
         do throws(BlockError) {
-            let first = try await status(of: images.0, walks.0, at: offset, known.0)
+            let first = try await status(of: images.0, walks.0, isPlain.0, at: offset, known.0)
             known.0 = first
-            let second = try await status(of: images.1, walks.1, at: offset, known.1)
+            let second = try await status(of: images.1, walks.1, isPlain.1, at: offset, known.1)
             known.1 = second
             return (first, second)
         } catch {
@@ -221,11 +229,13 @@ private final class Comparison: @unchecked Sendable {
     }
 
     private func status(
-        of image: Edge, _ walk: StatusWalk, at offset: Int, _ known: ImageSideStatus?
+        of image: Edge, _ walk: StatusWalk, _ isPlain: Bool, at offset: Int,
+        _ known: ImageSideStatus?
     ) async throws(BlockError) -> ImageSideStatus {
         if let known, offset < known.end { return known }
         guard offset < image.size else {
-            return ImageSideStatus(isZero: true, storage: .init(), end: end)
+            return ImageSideStatus(
+                isZero: true, storage: .init(), start: offset, end: end, place: nil)
         }
         let found = try await walk.run(at: offset, limit: image.size)
         var storage = ImageSideStatus.Storage()
@@ -234,27 +244,95 @@ private final class Comparison: @unchecked Sendable {
         storage.hasPlace = found.mapping != nil
         // An extent that ends with its image is another one than an extent that something follows.
         storage.endsImage = offset + found.count == image.size
+        var place: FilePlace?
+        if isPlain, let mapping = found.mapping,
+            let reader = (mapping.node.driver as? FileDriver)?.reader
+        {
+            place = FilePlace(reader: reader, offset: mapping.offset)
+        }
         return ImageSideStatus(
-            isZero: found.flags.contains(.zero), storage: storage, end: offset + found.count)
+            isZero: found.flags.contains(.zero), storage: storage, start: offset,
+            end: offset + found.count, place: place)
+    }
+
+    /// Whether there is nothing between the image's formats and their files that reads have to pass.
+    private static func isPlain(_ node: BlockNode) -> Bool {
+        var rest = [node]
+        while let next = rest.popLast() {
+            switch next.description.kind {
+            case .storage, .format: rest += next.children.map(\.node)
+            case .filter, .access: return false
+            }
+        }
+        return true
+    }
+
+    private static func places(of sides: [ImageSideStatus], at offset: Int) -> [FilePlace]? {
+        var places: [FilePlace] = []
+        for side in sides {
+            guard let place = side.place else { return nil }
+            places.append(
+                FilePlace(reader: place.reader, offset: place.offset + offset - side.start))
+        }
+        return places
     }
 
     // MARK: Looking
 
     /// Notes what differs in a part.
     private func isEqual(_ part: Part) async -> Bool {
-        do throws(BlockError) {
-            let first = part.readsFirst ? try await read(images.0, part.range) : nil
-            let second = part.readsSecond ? try await read(images.1, part.range) : nil
-            guard let difference = Self.difference(first, second) else { return true }
-            note(
-                .contents(part.range.offset + difference, sizesDiffer: part.range.offset >= common),
-                part.index)
-        } catch {
-            note(
-                .reading(error.doing("error while reading at offset \(part.range.offset)")),
-                part.index)
+        if let places = part.places, await areEqual(places, part.range.count) { return true }
+        var offset = part.range.offset
+        while offset < part.range.end {
+            let piece = ByteRange(offset, min(pieceLength, part.range.end - offset))
+            do throws(BlockError) {
+                let first = part.readsFirst ? try await read(images.0, piece) : nil
+                let second = part.readsSecond ? try await read(images.1, piece) : nil
+                if let difference = Self.difference(first, second) {
+                    note(
+                        .contents(
+                            piece.offset + difference,
+                            sizesDiffer: part.range.offset >= common), part.index)
+                    return false
+                }
+            } catch {
+                note(
+                    .reading(error.doing("error while reading at offset \(piece.offset)")),
+                    part.index)
+                return false
+            }
+            offset = piece.end
         }
-        return false
+        return true
+    }
+
+    /// Whether files hold the same bytes at two places, or zeroes at one. A worker thread reads and compares
+    /// them piece by piece, so that all processors are at work, each with what its cache holds.
+    ///
+    /// - Returns: `false` also where it cannot tell: reading through the nodes says what is wrong.
+    private func areEqual(_ places: [FilePlace], _ count: Int) async -> Bool {
+        await images.0.node.thread.offload { () -> Bool in
+            do throws(BlockError) {
+                let vectors = try places.map { _ throws(BlockError) in
+                    try IOVector(allocating: Self.pieceBytes)
+                }
+                var done = 0
+                while done < count {
+                    let length = min(Self.pieceBytes, count - done)
+                    let pieces = vectors.map { $0.slice(0, length) }
+                    for (place, piece) in zip(places, pieces) {
+                        guard place.reader.read(piece, at: place.offset + done) else {
+                            return false
+                        }
+                    }
+                    guard let first = pieces.first else { return false }
+                    let second = pieces.count > 1 ? pieces[1] : nil
+                    if Self.difference(first, second) != nil { return false }
+                    done += length
+                }
+                return true
+            } catch { return false }
+        }
     }
 
     private func read(_ image: Edge, _ range: ByteRange) async throws(BlockError) -> IOVector {
@@ -302,5 +380,14 @@ private struct ImageSideStatus {
     }
     let isZero: Bool
     let storage: Storage
+    let start: Int
     let end: Int
+    /// Of `start`.
+    let place: FilePlace?
+}
+
+/// Where a file holds some bytes.
+private struct FilePlace: Sendable {
+    let reader: FileReader
+    let offset: Int
 }

@@ -234,6 +234,9 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         discards.bytes += range.count
     }
 
+    /// For who reads what the driver says is stored here on a worker thread.
+    public var reader: FileReader? { file.reader }
+
     public func locate(_ range: ByteRange) throws(BlockError) -> StoredRange {
         StoredRange(node, range)
     }
