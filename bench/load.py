@@ -40,6 +40,30 @@ FLEECING_LOADS = [
     Load("randwrite-4k-d32", "randwrite", "4k", 32),
 ]
 
+# What of a disk is copied to the target when its frozen view is read: nothing, all of it in the order of the
+# disk, all of it in random order.
+FROZEN_STATES = ["untouched", "copied", "scattered"]
+
+
+def copy_clusters(state, uri, mebibytes, seed):
+    """Writes to each 64 KiB cluster of the disk once, so that its old data is copied."""
+    if state == "untouched":
+        return
+    pattern = {"copied": "write", "scattered": "randwrite"}[state]
+    done = subprocess.run(
+        ["fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}", "--bs=64k",
+         "--iodepth=1", f"--size={mebibytes}M", f"--randseed={seed}", "--eta=never"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    if done.returncode != 0:
+        raise LoadFailed((done.stderr or done.stdout).strip()[-400:])
+
+
+def copy_to_nowhere(uri):
+    done = subprocess.run(["nbdcopy", uri, "null:"], stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=120)
+    if done.returncode != 0:
+        raise LoadFailed(done.stderr.strip()[-400:])
+
 
 def run_fio(load, uri, seconds, seed, size=None):
     """Runs one load for `seconds`, or once over `size` bytes, and gives its figures."""

@@ -45,6 +45,7 @@ FIGURES = [
     ("cpu_microseconds_per_operation", "CPU µs/op", False),
     ("operations_per_cpu_second", "ops/CPU s", True),
     ("reader_mebibytes_per_second", "reader MiB/s", True),
+    ("cpu_microseconds_per_mebibyte", "CPU µs/MiB", False),
 ]
 
 

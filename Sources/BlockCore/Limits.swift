@@ -18,6 +18,8 @@ public enum Limits {
     public static let jsonBytesMax = 8 << 20
     /// Values in one JSON document.
     public static let jsonValueCountMax = 200_000
+    /// What is read without waiting moves less than this at a time, so that others get their turn.
+    public static let immediateBytesMax = 512 << 10
     /// A file or export name that came from an image or a user.
     public static let nameLengthMax = 4_096
     /// Dirty bitmap names, in bytes.

@@ -14,8 +14,8 @@ extension Edge {
     @inline(__always)
     public func readNow(_ offset: Int, into vector: IOVector) -> Bool {
         let node = node
-        guard gateCount == 0, vector.count > 0, isWithin(node, offset, vector.count),
-            access.uses.contains(.consistentRead),
+        guard gateCount == 0, vector.count > 0, vector.count < Limits.immediateBytesMax,
+            isWithin(node, offset, vector.count), access.uses.contains(.consistentRead),
             node.isPlain(offset, vector)
         else { return false }
         if !isRoot { return node.driver.readNow(offset, into: vector) }

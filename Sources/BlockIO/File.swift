@@ -45,7 +45,7 @@ public final class File: @unchecked Sendable {
     private let longWrites: WorkLane?
 
     /// Transfers of this many bytes are copied on another processor: this thread goes on meanwhile.
-    private static let asideBytesMin = 512 << 10
+    private static let asideBytesMin = Limits.immediateBytesMax
     /// A buffered write that takes longer than this waits for the disk: the thread must not.
     private static let slowWriteNanoseconds: UInt64 = 2_000_000
 

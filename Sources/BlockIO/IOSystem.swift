@@ -123,6 +123,8 @@ public protocol IOSystem: Sendable {
     func shutdownReceiving(_ handle: IOHandle)
     /// What every connected TCP socket gets: no delay, keep-alive.
     func prepareConnection(_ handle: IOHandle)
+    /// Has a Unix socket hold more of what was sent until its peer takes it.
+    func holdMore(in handle: IOHandle)
     /// How a TCP socket finds out that its peer is gone without a word.
     func setKeepAlive(_ handle: IOHandle, _ keepAlive: KeepAlive)
 }
@@ -153,6 +155,8 @@ extension IOSystem {
 
     /// A system without half-closed sockets ends both directions.
     public func shutdownReceiving(_ handle: IOHandle) { shutdown(handle) }
+    /// A system whose sockets take what they take.
+    public func holdMore(in handle: IOHandle) {}
     /// A system whose peers cannot vanish has nothing to probe.
     public func setKeepAlive(_ handle: IOHandle, _ keepAlive: KeepAlive) {}
 }

@@ -16,11 +16,14 @@ public final class Socket: @unchecked Sendable {
     /// Operations that an engine has not completed.
     private var pendingCount = 0
     private var moveCount = 0
+    /// A Unix socket, as far as is known.
+    private let isLocal: Bool
 
     /// Takes over a connected, non-blocking socket.
-    public init(_ handle: IOHandle, on thread: IOThread) {
+    public init(_ handle: IOHandle, on thread: IOThread, isLocal: Bool = false) {
         self.handle = handle
         self.thread = thread
+        self.isLocal = isLocal
     }
 
     /// Connects to `address`.
@@ -34,7 +37,7 @@ public final class Socket: @unchecked Sendable {
             throw .system("cannot connect to \(address)", Int32(truncatingIfNeeded: -result))
         }
         if address.isTCP { thread.system.prepareConnection(handle) }
-        return Socket(handle, on: thread)
+        return Socket(handle, on: thread, isLocal: address.isLocal)
     }
 
     /// Receives at least one byte.
@@ -119,6 +122,13 @@ public final class Socket: @unchecked Sendable {
     public func sendNow(_ vector: IOVector) -> Int? {
         guard !isClosed else { return nil }
         return thread.engine.sendNow(handle, vector)
+    }
+
+    /// Has the socket hold more of what was sent until the peer takes it: for a peer that takes much, which
+    /// then is not waited for so often. A connection over a network finds its own measure.
+    public func holdMore() {
+        guard isLocal, !isClosed else { return }
+        thread.system.holdMore(in: handle)
     }
 
     /// Waits until the peer has taken most of what was sent, or so long.
@@ -212,7 +222,7 @@ public final class Listener: @unchecked Sendable {
                         thread.system.setKeepAlive(connection, keepAlive)
                     }
                 }
-                return Socket(connection, on: thread)
+                return Socket(connection, on: thread, isLocal: address.isLocal)
             }
             if isClosed { return nil }
             switch Int32(truncatingIfNeeded: -result) {
@@ -242,6 +252,12 @@ public final class Listener: @unchecked Sendable {
 }
 
 extension SocketAddress {
+    /// Whether it is a Unix socket's.
+    var isLocal: Bool {
+        if case .unix = self { return true }
+        return false
+    }
+
     /// Whether it is TCP's.
     public var isTCP: Bool {
         switch self {

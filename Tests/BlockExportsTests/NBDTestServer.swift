@@ -135,6 +135,14 @@ final class NBDTestServer: @unchecked Sendable {
         }
     }
 
+    /// Reads of an export that were carried out.
+    func readCount(_ name: String = "disk") async throws -> Int {
+        try await thread.run { [self] () throws(BlockError) -> Int in
+            guard let edge = server?.exportNamed(name)?.edge else { return 0 }
+            return Int(edge.statistics[RequestKind.read].requests)
+        }
+    }
+
     func removeExport(_ name: String) async throws {
         try await thread.run { [self] () throws(BlockError) in
             guard let export = server?.exportNamed(name) else { return }

@@ -230,6 +230,71 @@ import Testing
         }
     }
 
+    /// Requests for all of the disk, a quarter of a MiB each, several times over.
+    private static let manyReads = (0..<64).map {
+        Raw.request(0, UInt64($0 % 32 * readBytes), UInt32(readBytes), cookie: UInt64($0))
+    }
+    private static let readBytes = NBDTestServer.size / 32
+
+    @Test func readsBeginAsTheClientTakesReplies() async throws {
+        try await NBDTestServer.with { server in
+            let disk = try [UInt8](server.contents())
+            let slow = try Raw(unix: server.socketPath)
+            slow.enter()
+            slow.send(Self.manyReads.flatMap { $0 })
+            // When it is answered, those before it have been received.
+            let witness = try Raw(unix: server.socketPath)
+            witness.enter("fixed")
+            witness.send(Raw.request(0, 0, 16))
+            #expect(witness.receive(32).count == 32)
+            let begun = try await server.readCount()
+            #expect(begun < 16)
+            var cookies: Set<Int> = []
+            for _ in Self.manyReads {
+                let reply = slow.receive(16 + Self.readBytes)
+                try #require(reply.count == 16 + Self.readBytes)
+                let cookie = reply[8..<16].reduce(0) { $0 << 8 | Int($1) }
+                cookies.insert(cookie)
+                let start = cookie % 32 * Self.readBytes
+                #expect(reply[16...].elementsEqual(disk[start..<start + Self.readBytes]))
+            }
+            #expect(cookies == Set(0..<64))
+        }
+    }
+
+    @Test(.timeLimit(.minutes(5)))
+    func aWriteDoesNotWaitForReadsWhoseRepliesNobodyTakes() async throws {
+        try await NBDTestServer.with { server in
+            let slow = try Raw(unix: server.socketPath)
+            slow.enter()
+            slow.send(Self.manyReads.flatMap { $0 })
+            let payload = [UInt8](repeating: 0x5a, count: 1 << 20)
+            slow.send(Raw.request(1, 2 << 20, 1 << 20, cookie: 99) + payload)
+            let other = try Raw(unix: server.socketPath)
+            other.enter()
+            while true {
+                other.send(Raw.request(0, 3 << 20 - 512, 512))
+                let reply = other.receive(16 + 512)
+                try #require(reply.count == 16 + 512)
+                if reply[16...].allSatisfy({ $0 == 0x5a }) { break }
+            }
+        }
+    }
+
+    @Test func aClientMayLeaveWhileItsReadsWait() async throws {
+        try await NBDTestServer.with { server in
+            for resets in [false, true] {
+                let client = try Raw(unix: server.socketPath)
+                client.enter()
+                client.send(Self.manyReads.flatMap { $0 })
+                if resets { client.reset() } else { client.close() }
+            }
+            try await Self.untilNobodyIsThere(server)
+            #expect(try await server.readCount() < 64)
+            try server.check(["nbdinfo", server.uri()])
+        }
+    }
+
     // MARK: Ends
 
     /// What a client has sent when the server stops, and what it leaves unread.

@@ -14,6 +14,8 @@ import NBDProtocol
 /// 1. Every request gets exactly one reply, or the connection ends.
 /// 2. What the requests and unsent replies of one client hold is bounded: past the limits nothing more
 ///    is received from it. Other clients do not notice.
+/// 3. While there are many unsent replies no further read begins: reads go on as the client takes
+///    replies. Other requests of the client do not wait for it.
 final class NBDConnection: @unchecked Sendable {
     /// Requests of one client in flight.
     static let requestCountMax = 512
@@ -22,8 +24,9 @@ final class NBDConnection: @unchecked Sendable {
 
     /// How long a client that is being sent away may take to receive the replies it is owed.
     static let closingNanosecondsMax: UInt64 = 1_000_000_000
-    /// Requests that are started in a row before other clients get their turn.
+    /// Requests that are started in a row before other clients get their turn, and the data they may be about.
     static let turnRequestCountMax = 128
+    static let turnBytesMax = 512 << 10
 
     /// Of ``letRequestsGather()``: replies that make it worth a look; how long a client that takes none
     /// holds up its own requests; how often it is left out.
@@ -40,6 +43,11 @@ final class NBDConnection: @unchecked Sendable {
 
     /// How often not to wait in ``letRequestsGather()``, after there was nothing to wait for.
     private var gatherPause = 0
+    /// Reads that wait until the client has taken replies; ``catchUp()`` is at work while there are any.
+    private var postponed: [Postponed] = []
+    private var isCatchingUp = false
+    /// It has had reads postponed.
+    private var takesMuch = false
     private var requestCount = 0
     private(set) var bytesInFlight = 0
     private var roomSleeper: UnsafeContinuation<Void, Never>?
@@ -49,6 +57,11 @@ final class NBDConnection: @unchecked Sendable {
     private(set) var isClosing = false
     private var isDone = false
     private let closingTimer: IOTimer
+
+    private struct Postponed {
+        let execution: NBDRequestExecution
+        let cost: Int
+    }
 
     init(_ socket: Socket, server: NBDServer) {
         self.server = server
@@ -214,12 +227,14 @@ final class NBDConnection: @unchecked Sendable {
         self.rules = rules
         let headerCount = NBDRequestHeader.count(in: session.mode)
         var turnCount = 0
+        var turnBytes = 0
         // Requests since the last receive.
         var batchCount = 0
         while !isClosing {
             turnCount += 1
-            if turnCount == Self.turnRequestCountMax {
+            if turnCount == Self.turnRequestCountMax || turnBytes >= Self.turnBytesMax {
                 turnCount = 0
+                turnBytes = 0
                 await Task.yield()
             }
             while input.available < headerCount {
@@ -242,6 +257,7 @@ final class NBDConnection: @unchecked Sendable {
             switch disposition {
             case .execute(let request):
                 let cost = request.payloadCount + replyBytesMax(request)
+                turnBytes += cost
                 if requestCount >= Self.requestCountMax || bytesInFlight > Self.bytesInFlightMax {
                     await waitForRoom()
                     if isClosing { return }
@@ -288,19 +304,69 @@ final class NBDConnection: @unchecked Sendable {
 
     private func start(_ request: NBDRequest, _ payload: IOVector, _ cost: Int, _ edge: Edge) {
         let execution = NBDRequestExecution(request: request, connection: self, edge: edge)
-        if execution.runNow(payload) { return }
-        requestCount += 1
-        bytesInFlight += cost
+        if request.command == .read, isCatchingUp || output.isFull {
+            postpone(execution, cost)
+        } else if !execution.runNow(payload) {
+            requestCount += 1
+            bytesInFlight += cost
+            run(execution, payload, cost)
+        }
+    }
+
+    private func run(_ execution: NBDRequestExecution, _ payload: IOVector, _ cost: Int) {
         seat.spawn { [self] in
             await execution.run(payload)
-            requestCount -= 1
-            bytesInFlight -= cost
-            wakeForRoom()
-            if requestCount == 0, let sleeper = doneSleeper {
-                doneSleeper = nil
-                sleeper.resume()
+            ended(cost)
+        }
+    }
+
+    private func ended(_ cost: Int) {
+        requestCount -= 1
+        bytesInFlight -= cost
+        wakeForRoom()
+        if requestCount == 0, let sleeper = doneSleeper {
+            doneSleeper = nil
+            sleeper.resume()
+        }
+    }
+
+    /// Has a read wait for the client: data that is read long before it can leave takes memory, and is
+    /// no longer in the processor's cache when it does.
+    private func postpone(_ execution: NBDRequestExecution, _ cost: Int) {
+        requestCount += 1
+        bytesInFlight += cost
+        postponed.append(Postponed(execution: execution, cost: cost))
+        guard !isCatchingUp else { return }
+        isCatchingUp = true
+        if !takesMuch {
+            takesMuch = true
+            socket.holdMore()
+        }
+        seat.spawn { await self.catchUp() }
+    }
+
+    /// Begins the reads that were postponed, in their order, as the client takes replies.
+    private func catchUp() async {
+        var turnBytes = 0
+        while !postponed.isEmpty {
+            let batch = postponed
+            postponed = []
+            for next in batch {
+                if turnBytes >= Self.turnBytesMax {
+                    turnBytes = 0
+                    await Task.yield()
+                }
+                await output.untilRoom()
+                turnBytes += next.cost
+                // Nobody is there to be answered, or it is answered at once.
+                if output.isBroken || next.execution.runNow(IOVector()) {
+                    ended(next.cost)
+                } else {
+                    run(next.execution, IOVector(), next.cost)
+                }
             }
         }
+        isCatchingUp = false
     }
 
     private func waitForRoom() async {

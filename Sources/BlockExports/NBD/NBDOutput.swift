@@ -27,6 +27,13 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
     /// Bytes queued since ``takeQueuedBytes()``.
     private var queuedBytes = 0
 
+    /// More data than this makes nothing faster: it would wait in memory, beside what the socket holds, and be
+    /// out of the processor's cache when it leaves.
+    private static let unsentBytesMax = 256 << 10
+    /// Bytes that are queued and have not left.
+    private var unsentBytes = 0
+    private var roomSleeper: UnsafeContinuation<Void, Never>?
+
     init(_ channel: any NBDChannel, seat: IOSeat) {
         self.channel = channel
         self.seat = seat
@@ -45,12 +52,35 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
         if memory.buffer === headers { headersUsed = memory.offset + count }
         gathered.append(memory.slice(0, count))
         if let data { gathered.append(data) }
-        queuedBytes += count + (data?.count ?? 0)
+        let added = count + (data?.count ?? 0)
+        queuedBytes += added
+        unsentBytes += added
         if gathered.count >= Self.pieceBytes { push() } else { schedule() }
     }
 
     /// Whether more is queued than the socket takes.
     var isBehind: Bool { isSending }
+
+    /// Whether nothing leaves any more.
+    var isBroken: Bool { failure != nil }
+
+    /// Whether as much is queued as is any good.
+    var isFull: Bool { unsentBytes >= Self.unsentBytesMax }
+
+    /// Waits until it is not full any more, which it also is when the client is gone. For one at a time.
+    func untilRoom() async {
+        while isFull {
+            await withUnsafeContinuation { roomSleeper = $0 }
+        }
+    }
+
+    private func left(_ count: Int) {
+        unsentBytes -= count
+        sent(count)
+        guard !isFull, let sleeper = roomSleeper else { return }
+        roomSleeper = nil
+        sleeper.resume()
+    }
 
     func takeQueuedBytes() -> Int {
         defer { queuedBytes = 0 }
@@ -104,12 +134,12 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
         let now = channel.sendNow(all)
         if let now, now == all.count {
             // The memory of headers is free again when nobody else holds it.
-            sent(all.count)
+            left(all.count)
             wakeIdle()
             return
         }
         let taken = max(now ?? 0, 0)
-        if taken > 0 { sent(taken) }
+        if taken > 0 { left(taken) }
         isSending = true
         let rest = all.slice(taken, all.count - taken)
         seat.spawn { await self.sendRest(rest) }
@@ -125,9 +155,9 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
                 // The receiver notices, and ends the connection.
                 channel.shutdown()
             }
-            sent(rest.count)
+            left(rest.count)
             if failure != nil {
-                sent(gathered.count)
+                left(gathered.count)
                 gathered = IOVector()
             }
             if gathered.isEmpty { break }

@@ -227,10 +227,11 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         child.readNow(offset, into: vector)
     }
 
-    /// Only where nothing is left to be copied, nor anything being read.
+    /// Only where nothing is left to be copied, nor anybody reads what is to change.
     public func writeNow(_ offset: Int, from vector: IOVector) -> Bool {
-        guard locks.isEmpty,
-            waiting.firstSet(in: clusters(touching: ByteRange(offset, vector.count))) == nil
+        let clusters = clusters(touching: ByteRange(offset, vector.count))
+        guard waiting.firstSet(in: clusters) == nil,
+            !locks.conflicts(clusters, exclusively: true)
         else { return false }
         return child.writeNow(offset, from: vector)
     }
@@ -290,7 +291,9 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     private func copyBefore(_ range: ByteRange) async throws(BlockError) {
         let clusters = clusters(touching: range)
         // Most writes hit clusters that are done with.
-        if locks.isEmpty, waiting.firstSet(in: clusters) == nil { return }
+        if waiting.firstSet(in: clusters) == nil, !locks.conflicts(clusters, exclusively: true) {
+            return
+        }
         if breakage == nil {
             do throws(BlockError) {
                 try await copyWithDeadline(clusters)
@@ -438,25 +441,53 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     public var snapshotSource: (any SnapshotSource)? { self }
 
     public func readSnapshot(_ offset: Int, into vector: IOVector) async throws(BlockError) {
-        var done = 0
-        while done < vector.count {
-            let run = try snapshotRun(ByteRange(offset + done, vector.count - done))
-            let part = vector.slice(done, run.range.count)
-            if run.isCopied {
-                try await target.read(run.range.offset, into: part)
-                // A discard of the snapshot may have emptied the target under the read.
-                try requirePresent(run.range)
-            } else {
-                // Beside a copy, if there is one: the guest's write waits for both.
-                let clusters = clusters(touching: run.range)
-                locks.take(clusters, exclusively: false)
-                defer { locks.unlock(clusters, exclusively: false) }
-                try await child.read(run.range.offset, into: part)
-            }
-            done += run.range.count
+        let first = try snapshotRun(ByteRange(offset, vector.count))
+        if first.range.count == vector.count {
+            try await readRun(first, into: vector)
+        } else {
+            try await readRuns(offset, into: vector)
         }
         // It may have broken while the data was read: then a guest write may have got in between.
         if let breakage { throw breakage }
+    }
+
+    /// Reads what is partly copied and partly not, several runs at once.
+    private func readRuns(_ offset: Int, into vector: IOVector) async throws(BlockError) {
+        let lanes = RequestLanes(on: node.seat)
+        do throws(BlockError) {
+            var done = 0
+            while done < vector.count, lanes.failure == nil {
+                await lanes.waitForRoom()
+                // What is copied by now: nothing else runs before the read of the run has begun.
+                let run = try snapshotRun(ByteRange(offset + done, vector.count - done))
+                let part = vector.slice(done, run.range.count)
+                done += run.range.count
+                await lanes.start(isLast: done == vector.count) { () throws(BlockError) in
+                    try await self.readRun(run, into: part)
+                }
+            }
+        } catch {
+            // The memory is the caller's again once nothing writes to it.
+            try? await lanes.finish()
+            throw error
+        }
+        try await lanes.finish()
+    }
+
+    private func readRun(
+        _ run: (range: ByteRange, isCopied: Bool), into part: IOVector
+    ) async throws(BlockError) {
+        if run.isCopied {
+            try await target.read(run.range.offset, into: part)
+            // A discard of the snapshot may have emptied the target under the read.
+            try requirePresent(run.range)
+        } else {
+            // Beside a copy, if there is one: the guest's write waits for both.
+            let clusters = clusters(touching: run.range)
+            locks.take(clusters, exclusively: false)
+            defer { locks.unlock(clusters, exclusively: false) }
+            try await child.read(run.range.offset, into: part)
+        }
     }
 
     /// Nobody's write comes between the look at the clusters and the read: no lock is needed.
@@ -464,9 +495,17 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         let range = ByteRange(offset, vector.count)
         let clusters = clusters(touching: range)
         guard breakage == nil, present.firstClear(in: clusters) == nil else { return false }
-        let run = run(range, clusters)
-        guard run.range.count == range.count else { return false }
-        return (run.isCopied ? target : child).readNow(offset, into: vector)
+        var done = 0
+        while done < range.count {
+            let rest = ByteRange(offset + done, range.count - done)
+            let run = run(rest, self.clusters(touching: rest))
+            let source = run.isCopied ? target : child
+            guard source.readNow(rest.offset, into: vector.slice(done, run.range.count)) else {
+                return false
+            }
+            done += run.range.count
+        }
+        return true
     }
 
     public func snapshotStatus(

@@ -96,7 +96,7 @@ extension QCOW2Driver {
     ///
     /// - Returns: the bytes that are on their way; 0 when it had to wait instead.
     func startBeside(
-        _ other: QCOW2Allocation, _ offset: Int, _ vector: IOVector, _ lanes: QCOW2Lanes
+        _ other: QCOW2Allocation, _ offset: Int, _ vector: IOVector, _ lanes: RequestLanes
     ) async throws(BlockError) -> Int {
         let count = min(vector.count, other.clusters.upperBound << geometry.clusterBits - offset)
         let way = other.way(for: offset..<(offset + count))

@@ -6,22 +6,37 @@ import BlockGraph
 
 extension QCOW2Driver {
     public func readNow(_ offset: Int, into vector: IOVector) -> Bool {
-        guard let slice = l2.lookup(offset >> sliceShift) else { return false }
-        let run = run(slice, offset, vector.count)
-        guard run.count == vector.count else { return false }
+        readNow(offset, into: vector, of: self)
+    }
+
+    /// Reads run by run what all is in memory; where something is not, nothing of `vector` counts.
+    func readNow(_ offset: Int, into vector: IOVector, of view: some QCOW2TableView) -> Bool {
+        var done = 0
+        while done < vector.count {
+            let position = offset + done
+            guard let slice = view.sliceInMemory(at: position) else { return false }
+            let run = run(slice, position, vector.count - done)
+            let part = run.count == vector.count ? vector : vector.slice(done, run.count)
+            guard readNow(run, position, into: part) else { return false }
+            done += run.count
+        }
+        return true
+    }
+
+    private func readNow(_ run: Run, _ offset: Int, into part: IOVector) -> Bool {
         switch run.kind {
         case .normal:
             guard isInPlace(run, offset), run.host &+ run.count <= data.size else { return false }
-            return data.readNow(run.host, into: vector)
+            return data.readNow(run.host, into: part)
         case .zeroPlain, .zeroAllocated:
-            vector.fill(0)
+            part.fill(0)
             return true
         case .unallocated:
             guard let backing = node.backing, offset < backing.size else {
-                vector.fill(0)
+                part.fill(0)
                 return true
             }
-            return backing.readNow(offset, into: vector)
+            return backing.readNow(offset, into: part)
         case .compressed:
             return false
         }

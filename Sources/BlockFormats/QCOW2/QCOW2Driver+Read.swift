@@ -5,11 +5,18 @@ import BlockGraph
 protocol QCOW2TableView: AnyObject, Sendable {
     /// The slice that maps guest `offset`, to be looked at; `nil` where there is no L2 table.
     func slice(at offset: Int) async throws(BlockError) -> QCOW2TableCache.Slice?
+    /// The same where it is in memory; `nil` where it is not, or there is no L2 table.
+    func sliceInMemory(at offset: Int) -> QCOW2TableCache.Slice?
     /// Whether there is an L1 entry `index`, and it names no L2 table.
     func hasNoTable(_ index: Int) -> Bool
 }
 
 extension QCOW2Driver: QCOW2TableView {
+    @inline(__always)
+    func sliceInMemory(at offset: Int) -> QCOW2TableCache.Slice? {
+        l2.lookup(offset >> sliceShift)
+    }
+
     func hasNoTable(_ index: Int) -> Bool {
         index < image.l1.count && QCOW2.L1Entry(rawValue: image.l1[index]).offset == 0
     }
@@ -43,7 +50,7 @@ extension QCOW2Driver: QCOW2TableView {
             try await read(first, offset, into: vector)
             return
         }
-        let lanes = QCOW2Lanes(on: node.seat)
+        let lanes = RequestLanes(on: node.seat)
         await lanes.start { () throws(BlockError) in
             try await self.read(first, offset, into: vector.slice(0, first.count))
         }

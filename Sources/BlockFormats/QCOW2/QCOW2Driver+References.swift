@@ -109,7 +109,7 @@ extension QCOW2Driver {
     }
 
     private func readTables(_ offsets: [Int]) async throws(BlockError) -> [IOSlice] {
-        let lanes = QCOW2Lanes(on: node.seat)
+        let lanes = RequestLanes(on: node.seat)
         var tables: [IOSlice] = []
         do throws(BlockError) {
             for offset in offsets {

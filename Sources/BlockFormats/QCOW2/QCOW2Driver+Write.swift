@@ -22,7 +22,7 @@ extension QCOW2Driver {
 
     /// Writes run by run, several at once where there is more than one.
     func writeRuns(_ offset: Int, _ vector: IOVector) async throws(BlockError) {
-        let lanes = QCOW2Lanes(on: node.seat)
+        let lanes = RequestLanes(on: node.seat)
         do throws(BlockError) {
             var done = 0
             while done < vector.count, lanes.failure == nil {
@@ -77,7 +77,7 @@ extension QCOW2Driver {
     ///
     /// - Returns: the bytes that are on their way; 0 when another request changed the entries meanwhile.
     private func startRun(
-        _ offset: Int, _ vector: IOVector, _ lanes: QCOW2Lanes
+        _ offset: Int, _ vector: IOVector, _ lanes: RequestLanes
     ) async throws(BlockError) -> Int {
         let slice = try await writableSlice(at: offset)
         let run = run(slice, offset, vector.count)
@@ -100,7 +100,7 @@ extension QCOW2Driver {
     /// Reserves clusters for the start of `vector` and begins to fill them.
     private func startNewClusters(
         _ slice: QCOW2TableCache.Slice, _ run: Run, _ offset: Int, _ vector: IOVector,
-        _ lanes: QCOW2Lanes
+        _ lanes: RequestLanes
     ) async throws(BlockError) -> Int {
         let bits = geometry.clusterBits
         let first = offset >> bits

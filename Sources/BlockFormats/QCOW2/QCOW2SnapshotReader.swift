@@ -39,12 +39,16 @@ final class QCOW2SnapshotReader: SnapshotSource, QCOW2TableView, @unchecked Send
     }
 
     func slice(at offset: Int) async throws(BlockError) -> QCOW2TableCache.Slice? {
-        if let slice = cache.lookup(offset >> driver.sliceShift) { return slice }
+        if let slice = sliceInMemory(at: offset) { return slice }
         guard let host = try await driver.sliceHost(offset, in: l1) else { return nil }
         return try await cache.load(offset >> driver.sliceShift, host: host) {
             () throws(BlockError) in
             // Nothing is ever dirty here.
         }
+    }
+
+    func sliceInMemory(at offset: Int) -> QCOW2TableCache.Slice? {
+        cache.lookup(offset >> driver.sliceShift)
     }
 
     func hasNoTable(_ index: Int) -> Bool {
@@ -53,6 +57,10 @@ final class QCOW2SnapshotReader: SnapshotSource, QCOW2TableView, @unchecked Send
 
     func readSnapshot(_ offset: Int, into vector: IOVector) async throws(BlockError) {
         try await driver.readRuns(offset, into: vector, of: self)
+    }
+
+    func readSnapshotNow(_ offset: Int, into vector: IOVector) -> Bool {
+        driver.readNow(offset, into: vector, of: self)
     }
 
     func snapshotStatus(

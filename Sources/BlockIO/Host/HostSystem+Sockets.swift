@@ -94,6 +94,14 @@ extension HostSystem {
         setOption(handle, SOL_SOCKET, SO_KEEPALIVE)
     }
 
+    /// Linux doubles it, for what it keeps beside the data, and gives what `net.core.wmem_max` allows: at least
+    /// twice of what sockets begin with.
+    private static let localSendBufferBytes: Int32 = 512 << 10
+
+    func holdMore(in handle: IOHandle) {
+        setOption(handle, SOL_SOCKET, SO_SNDBUF, to: Self.localSendBufferBytes)
+    }
+
     func setKeepAlive(_ handle: IOHandle, _ keepAlive: KeepAlive) {
         setOption(handle, SOL_SOCKET, SO_KEEPALIVE, to: keepAlive.isOn ? 1 : 0)
         #if canImport(Darwin)

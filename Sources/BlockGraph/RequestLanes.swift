@@ -5,28 +5,28 @@ import BlockIO
 ///
 /// The request plans its pieces one after the other and starts each; it ends when all have ended, with
 /// the first failure.
-final class QCOW2Lanes: @unchecked Sendable {
+public final class RequestLanes: @unchecked Sendable {
     /// Pieces of one request that are in flight at once.
-    static let countMax = 16
+    public static let countMax = 16
 
     private let seat: IOSeat
     private var running = 0
-    private(set) var failure: BlockError?
+    public private(set) var failure: BlockError?
     /// The request itself: nobody else waits.
     private var sleeper: UnsafeContinuation<Void, Never>?
 
-    init(on seat: IOSeat) {
+    public init(on seat: IOSeat) {
         self.seat = seat
     }
 
     /// Waits until another piece may start. What a piece is about is looked up after that.
-    func waitForRoom() async {
+    public func waitForRoom() async {
         await wait(until: Self.countMax - 1)
     }
 
     /// Starts a piece; it runs up to its first wait before this returns. The last one is carried out:
     /// nobody has to run beside it.
-    func start(
+    public func start(
         isLast: Bool = false, _ piece: @escaping @Sendable () async throws(BlockError) -> Void
     ) async {
         if isLast {
@@ -55,7 +55,7 @@ final class QCOW2Lanes: @unchecked Sendable {
     /// Waits for all pieces.
     ///
     /// - Throws: the first failure.
-    func finish() async throws(BlockError) {
+    public func finish() async throws(BlockError) {
         await wait(until: 0)
         if let failure { throw failure }
     }
