@@ -24,7 +24,7 @@ public enum HashAlgorithm: String, Sendable, CaseIterable {
         }
     }
 
-    private var libraryName: String { rawValue.uppercased() }
+    var libraryName: String { rawValue.uppercased() }
 
     /// The digest of `bytes`.
     public func digest(_ bytes: UnsafeRawBufferPointer) throws(BlockError) -> [UInt8] {
@@ -37,32 +37,16 @@ public enum HashAlgorithm: String, Sendable, CaseIterable {
         return result
     }
 
-    /// A key of `count` bytes from a password (PBKDF2, RFC 8018 §5.2).
+    /// A key of `count` bytes from a password, in one go: see ``KeyDerivation``.
     ///
     /// CPU-heavy by design: for worker threads.
-    ///
-    /// - Parameter iterations: 1 to `Int32.max`.
     public func derive(
         _ count: Int, from password: SecretBytes, salt: [UInt8], iterations: Int
     ) throws(BlockError) -> SecretBytes {
-        try CryptoLibrary.load()
-        guard let rounds = UInt32(exactly: iterations) else {
-            throw BlockError(.invalidArgument, "\(iterations) PBKDF2 iterations are out of bounds")
-        }
-        var succeeded = false
-        let key = SecretBytes(count: count) { output in
-            password.withBytes { secret in
-                let result = merino_pbkdf2(
-                    libraryName, secret.baseAddress?.assumingMemoryBound(to: UInt8.self),
-                    secret.count, salt, salt.count, rounds,
-                    output.baseAddress?.assumingMemoryBound(to: UInt8.self), output.count)
-                succeeded = result == 0
-            }
-        }
-        guard succeeded else {
-            throw BlockError(.unsupported, "PBKDF2 with '\(rawValue)' failed")
-        }
-        return key
+        let work = try KeyDerivation(
+            self, count, from: password, salt: salt, iterations: iterations)
+        while !work.isFinished { try work.advance(.max) }
+        return try work.key
     }
 
     /// How many PBKDF2 iterations for a key of `count` bytes this processor does in a second.

@@ -23,6 +23,8 @@ public final class BlockGraph: @unchecked Sendable {
     public var corruptionObserver: ((BlockNode, ImageCorruption) -> Void)?
     /// Files that clients opened and passed in.
     public var descriptorSets: DescriptorSets { commons.descriptorSets }
+    /// Whether long computations are to be given up: see ``endLongWork()``.
+    public var isEnding: Bool { commons.isEnding }
     /// Of sections that are drained right now.
     var drains: [DrainSection] = []
 
@@ -38,6 +40,10 @@ public final class BlockGraph: @unchecked Sendable {
         registry = other.registry
         commons = other.commons
     }
+
+    /// What only costs processor time, as trying a passphrase does, ends early from now on, with
+    /// `cancelled`: the process is about to end. From any thread; for the graphs that share names, too.
+    public func endLongWork() { commons.end() }
 
     public func node(named name: String) -> BlockNode? { byName[name] }
 

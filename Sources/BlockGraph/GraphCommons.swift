@@ -18,6 +18,11 @@ final class GraphCommons: Sendable {
     private let names = Mutex(Names())
     private let objects = Mutex<[String: any GraphObject]>([:])
     let descriptorSets = DescriptorSets()
+    /// Long computations are given up.
+    private let ending = Atomic(false)
+
+    var isEnding: Bool { ending.load(ordering: .relaxed) }
+    func end() { ending.store(true, ordering: .relaxed) }
 
     // MARK: Names
 

@@ -27,9 +27,17 @@
     FUNCTION(EVP_CipherInit_ex2) \
     FUNCTION(EVP_CipherUpdate) \
     FUNCTION(EVP_Digest) \
+    FUNCTION(EVP_DigestFinal_ex) \
+    FUNCTION(EVP_DigestInit_ex2) \
+    FUNCTION(EVP_DigestUpdate) \
+    FUNCTION(EVP_MD_CTX_copy_ex) \
+    FUNCTION(EVP_MD_CTX_free) \
+    FUNCTION(EVP_MD_CTX_new) \
     FUNCTION(EVP_MD_fetch) \
     FUNCTION(EVP_MD_free) \
-    FUNCTION(PKCS5_PBKDF2_HMAC)
+    FUNCTION(EVP_MD_get_block_size) \
+    FUNCTION(EVP_MD_get_size) \
+    FUNCTION(OPENSSL_cleanse)
 
 #define FUNCTION(name) static __typeof__(&name) real_##name;
 FUNCTIONS
@@ -105,16 +113,92 @@ int merino_digest(const char *name, const uint8_t *input, size_t size, uint8_t *
     return done ? 0 : -1;
 }
 
-int merino_pbkdf2(
+// U1 = HMAC(password, salt || block), Un+1 = HMAC(password, Un); the key is all U, XORed.
+struct merino_pbkdf2 {
+    // Begun with the password: HMAC's two digests.
+    EVP_MD_CTX *inner;
+    EVP_MD_CTX *outer;
+    EVP_MD_CTX *work;
+    size_t size;
+    uint8_t last[EVP_MAX_MD_SIZE];
+    uint8_t key[EVP_MAX_MD_SIZE];
+};
+
+// Puts the HMAC of two pieces into `state->last`, which may be the first of them.
+static int hmac(
+    merino_pbkdf2 *state, const uint8_t *first, size_t first_size, const uint8_t *second,
+    size_t second_size) {
+    return real_EVP_MD_CTX_copy_ex(state->work, state->inner)
+        && real_EVP_DigestUpdate(state->work, first, first_size)
+        && (second_size == 0 || real_EVP_DigestUpdate(state->work, second, second_size))
+        && real_EVP_DigestFinal_ex(state->work, state->last, NULL)
+        && real_EVP_MD_CTX_copy_ex(state->work, state->outer)
+        && real_EVP_DigestUpdate(state->work, state->last, state->size)
+        && real_EVP_DigestFinal_ex(state->work, state->last, NULL);
+}
+
+static int begin(
+    EVP_MD_CTX *context, EVP_MD *algorithm, const uint8_t *key, size_t size, uint8_t padding) {
+    uint8_t pad[EVP_MAX_MD_SIZE * 4];
+    for (size_t index = 0; index < size; index++) pad[index] = key[index] ^ padding;
+    int done = real_EVP_DigestInit_ex2(context, algorithm, NULL)
+        && real_EVP_DigestUpdate(context, pad, size);
+    real_OPENSSL_cleanse(pad, sizeof pad);
+    return done;
+}
+
+merino_pbkdf2 *merino_pbkdf2_new(
     const char *digest, const uint8_t *password, size_t password_size, const uint8_t *salt,
-    size_t salt_size, uint32_t iterations, uint8_t *output, size_t size) {
-    if (password_size > INT_MAX || salt_size > INT_MAX || size > INT_MAX) return -1;
-    if (iterations == 0 || iterations > INT_MAX) return -1;
+    size_t salt_size, uint32_t block) {
+    const uint8_t number[4] = {block >> 24, block >> 16, block >> 8, block};
+    uint8_t key[EVP_MAX_MD_SIZE * 4] = {0};
+    merino_pbkdf2 *state = calloc(1, sizeof *state);
     EVP_MD *algorithm = real_EVP_MD_fetch(NULL, digest, NULL);
-    if (algorithm == NULL) return -1;
-    int done = real_PKCS5_PBKDF2_HMAC(
-        (const char *)password, (int)password_size, salt, (int)salt_size, (int)iterations, algorithm,
-        (int)size, output);
-    real_EVP_MD_free(algorithm);
-    return done ? 0 : -1;
+    int done = 0;
+    if (state == NULL || algorithm == NULL) goto end;
+    state->inner = real_EVP_MD_CTX_new();
+    state->outer = real_EVP_MD_CTX_new();
+    state->work = real_EVP_MD_CTX_new();
+    state->size = (size_t)real_EVP_MD_get_size(algorithm);
+    size_t key_size = (size_t)real_EVP_MD_get_block_size(algorithm);
+    if (state->inner == NULL || state->outer == NULL || state->work == NULL) goto end;
+    if (key_size > sizeof key || state->size > sizeof state->last) goto end;
+    // A password longer than the digest's block is hashed first (RFC 2104 §2).
+    if (password_size > key_size) {
+        if (!real_EVP_Digest(password, password_size, key, NULL, algorithm, NULL)) goto end;
+    } else {
+        for (size_t index = 0; index < password_size; index++) key[index] = password[index];
+    }
+    done = begin(state->inner, algorithm, key, key_size, 0x36)
+        && begin(state->outer, algorithm, key, key_size, 0x5c)
+        && hmac(state, salt, salt_size, number, sizeof number);
+    for (size_t index = 0; index < state->size; index++) state->key[index] = state->last[index];
+end:
+    real_OPENSSL_cleanse(key, sizeof key);
+    if (algorithm != NULL) real_EVP_MD_free(algorithm);
+    if (done) return state;
+    merino_pbkdf2_free(state);
+    return NULL;
+}
+
+void merino_pbkdf2_free(merino_pbkdf2 *state) {
+    if (state == NULL) return;
+    if (state->inner != NULL) real_EVP_MD_CTX_free(state->inner);
+    if (state->outer != NULL) real_EVP_MD_CTX_free(state->outer);
+    if (state->work != NULL) real_EVP_MD_CTX_free(state->work);
+    real_OPENSSL_cleanse(state, sizeof *state);
+    free(state);
+}
+
+int merino_pbkdf2_run(merino_pbkdf2 *state, uint32_t rounds) {
+    for (uint32_t round = 0; round < rounds; round++) {
+        if (!hmac(state, state->last, state->size, NULL, 0)) return -1;
+        for (size_t index = 0; index < state->size; index++) state->key[index] ^= state->last[index];
+    }
+    return 0;
+}
+
+void merino_pbkdf2_key(const merino_pbkdf2 *state, uint8_t *output, size_t size) {
+    for (size_t index = 0; index < size && index < state->size; index++)
+        output[index] = state->key[index];
 }

@@ -34,6 +34,8 @@ extension StorageDaemon: QMPExecutor {
         }
         TracePoint.qmpCommand("command \(request.command.name)")
         if request.isOutOfBand { return try await handler(self)(request.arguments) }
+        // It has to wait for its turn too, but not for a passphrase that is being tried.
+        if request.command.name == "quit" { graph.endLongWork() }
         await turns.take()
         callerDescriptors = descriptors
         defer {

@@ -203,8 +203,10 @@ struct ServeCommand: ParsableCommand {
         // Locked first, so that a second server ends before it touches anything.
         let pidFile = try self.pidFile.map { path throws(BlockError) in try PIDFile(path) }
         defer { pidFile?.remove() }
-        SignalSource.block([SIGINT, SIGTERM, SIGHUP])
+        SignalSource.block(EndingSignal.signals)
         try ToolSession.run { session throws(BlockError) in
+            let ending = try EndingSignal(in: session)
+            defer { ending.raise() }
             let options = try await serverOptions(on: session.thread)
             let node = try await opening.open(source, in: session)
             var bitmaps: [NBDExport.Bitmap] = []
@@ -220,7 +222,7 @@ struct ServeCommand: ParsableCommand {
             }
             try server.add(export)
             if mode.connect == nil { try listen(server, inherited) }
-            try await serveUntilDone(server, pidFile, on: session.thread)
+            try await serveUntilDone(server, pidFile, ending, on: session.thread)
         }
     }
 
@@ -235,17 +237,16 @@ struct ServeCommand: ParsableCommand {
     }
 
     private func serveUntilDone(
-        _ server: NBDServer, _ pidFile: PIDFile?, on thread: IOThread
+        _ server: NBDServer, _ pidFile: PIDFile?, _ ending: EndingSignal, on thread: IOThread
     ) async throws(BlockError) {
-        let signals = try SignalSource([SIGINT, SIGTERM, SIGHUP], on: thread)
-        if !persistent || mode.connect != nil { server.lastClientLeft = { signals.cancel() } }
+        if !persistent || mode.connect != nil { server.lastClientLeft = { ending.raise() } }
         let device = try await connectDevice(to: server)
         try pidFile?.write()
         if printURI { StandardOutput.print(try uri() + "\n") }
         Background.ready()
         ServiceManager.notify("READY=1\nMAINPID=\(getpid())")
         CodePages.release(after: 1, on: thread)
-        _ = await signals.next()
+        await ending.wait()
         ServiceManager.notify("STOPPING=1")
         await device?.detach()
         try await server.stop()

@@ -40,6 +40,50 @@ extension SecretBytes {
         #expect(key.array == bytes("4b007901 b765489a bead49d9 26f721d0 65a429c1"))
     }
 
+    struct Derivation: Sendable {
+        let hash: HashAlgorithm
+        let count: Int
+        let iterations: Int
+        let passwordCount: Int
+        let key: String
+    }
+
+    /// Computed with Python's hashlib: passwords longer than a digest's block, keys of several blocks.
+    @Test(
+        "keys made in slices are the same",
+        arguments: [
+            Derivation(
+                hash: .sha256, count: 64, iterations: 1000, passwordCount: 70,
+                key: "b166353b05d824b6f7ff06ec182a5787a59724f1c0a802c478e37bf025fb01e0"
+                    + "a0b4490e518daaa20a224fbe4a7d0af01639c6a8459bb8f67fd1df0fb691bba1"),
+            Derivation(
+                hash: .sha512, count: 100, iterations: 77, passwordCount: 200,
+                key: "d7275c60ee828edf96adf850d0ada8472cfb5278cf76dee869a322f8f0215b9d"
+                    + "43802dae97f1414f207c13a7e2043ad65bb84d632d0566ae084dd941f083214b"
+                    + "a1ea7aef1cc2d05367d0a255ea54823e42f8be0dbccc4440abaf838dae7705f2"
+                    + "749e4414"),
+            Derivation(
+                hash: .sha224, count: 5, iterations: 1, passwordCount: 0,
+                key: "d6de928dce"),
+            Derivation(
+                hash: .sha1, count: 40, iterations: 50, passwordCount: 64,
+                key: "87a8a8bec826df8288a13870809d4f5637926bac7e4b14ed824361a131f1853c"
+                    + "62181ddd813732df"),
+            Derivation(
+                hash: .sha384, count: 96, iterations: 3, passwordCount: 128,
+                key: "43e1a4121400541579ed453ee8f8295061a8418dfe64969f9ee2a3ed3eeb8c92"
+                    + "5f420b8a64395bde5530ac0d3c8d3e9664f3e1dd1e12bc06728191ac180a5da2"
+                    + "34c7686195dec0b6943d40687eff73122ee65aa83fed5394bbf36a261ba87a7d"),
+        ], [1, 7, 300, Int.max])
+    func slices(_ vector: Derivation, _ slice: Int) throws {
+        let password = [UInt8](repeating: 0x78, count: vector.passwordCount)
+        let work = try KeyDerivation(
+            vector.hash, vector.count, from: SecretBytes(password), salt: Array("NaCl".utf8),
+            iterations: vector.iterations)
+        while !work.isFinished { try work.advance(slice) }
+        #expect(try work.key.array == bytes(vector.key))
+    }
+
     /// IEEE 1619, vector 4: XTS-AES-128, data unit 0.
     @Test func sectorsAreEncryptedAsTheStandardSays() throws {
         let key = SecretBytes(

@@ -48,6 +48,32 @@ import Testing
         #expect(try header.masterKey(inSlot: 0, word, material: material) == nil)
     }
 
+    @Test func aHeaderThatAsksForTooMuchWorkIsNotTried() throws {
+        var (header, key) = try Self.make()
+        let word = SecretBytes(Array("word".utf8))
+        for number in 0..<3 { _ = try header.setSlot(number, word, key, iterationMilliseconds: 1) }
+        try header.checkUnlockRounds()
+        // As much as one slot may ask for, in the one that is tried last.
+        var bytes = header.serialised()
+        bytes.replaceSubrange(308..<312, with: [0x10, 0, 0, 0])
+        let hostile = try Self.parse(bytes)
+        #expect(hostile.unlockRounds > LUKS.Limit.unlockRoundsMax)
+        #expect {
+            try hostile.checkUnlockRounds()
+        } throws: {
+            ($0 as? BlockError)?.code == .exhausted
+        }
+    }
+
+    @Test func theDigestCountsForEachSlot() throws {
+        var (header, key) = try Self.make()
+        let word = SecretBytes(Array("word".utf8))
+        _ = try header.setSlot(0, word, key, iterationMilliseconds: 1)
+        var bytes = header.serialised()
+        bytes.replaceSubrange(164..<168, with: [0x0f, 0xff, 0xff, 0xff])
+        #expect(try Self.parse(bytes).unlockRounds > LUKS.Limit.unlockRoundsMax)
+    }
+
     @Test func everyFieldAtItsExtremesIsTakenOrRefused() throws {
         let (header, _) = try Self.make()
         let good = header.serialised()
@@ -93,5 +119,21 @@ import Testing
         for count in [0, 5, 8, 591] {
             #expect(throws: BlockError.self) { try Self.parse(Array(bytes.prefix(count))) }
         }
+    }
+}
+
+extension LUKSHeader {
+    /// The master key, if `passphrase` opens slot `number`, in one go.
+    fileprivate func masterKey(
+        inSlot number: Int, _ passphrase: SecretBytes, material: [UInt8]
+    ) throws -> SecretBytes? {
+        guard slots[number].isActive else { return nil }
+        func key(_ work: KeyDerivation) throws -> SecretBytes {
+            while !work.isFinished { try work.advance(300) }
+            return try work.key
+        }
+        let slotKey = try key(try self.slotKey(number, passphrase))
+        let found = try candidate(inSlot: number, slotKey, material: material)
+        return isMasterDigest(try key(try digest(of: found))) ? found : nil
     }
 }

@@ -1,6 +1,7 @@
 import BlockCore
 import BlockGraph
 import BlockIO
+import BlockProtocols
 import BlockTesting
 import QMP
 import Testing
@@ -255,6 +256,90 @@ struct EncryptionVariant: Sendable, CustomTestStringConvertible {
             ["qemu-img", "convert"] + QCOW2TestFolder.objects
                 + ["--image-opts", "-O", "raw", Self.source("a.qcow2"), "raw.img"])
         #expect(try folder.bytes("raw.img") == bytes)
+    }
+
+    @Test func anImageThatAsksForTooMuchWorkOpensWithoutItsKeyOnly() async throws {
+        let folder = try QCOW2TestFolder()
+        try await folder.create("a.qcow2", Self.options())
+        var bytes = try folder.bytes("a.qcow2")
+        let header = try #require(Self.luksHeader(in: bytes))
+        bytes.replaceSubrange((header + 212)..<(header + 216), with: [0x0f, 0xff, 0xff, 0xff])
+        try folder.write(bytes, "a.qcow2")
+        await #expect {
+            try await folder.open("a.qcow2", options: Self.key) { _ throws(BlockError) in }
+        } throws: {
+            ($0 as? BlockError)?.code == .exhausted
+        }
+        #expect(try folder.run(["qemu-img", "info", "a.qcow2"]).contains("iters: 268435455"))
+    }
+
+    @Test func tryingAPassphraseEndsWhenAllWorkEnds() async throws {
+        let folder = try QCOW2TestFolder()
+        try await folder.create("a.qcow2", Self.options())
+        let path = folder["a.qcow2"]
+        let key = Self.key
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        try await thread.run { () async throws(BlockError) in
+            let graph = BlockGraph(
+                on: thread,
+                registry: DriverRegistry(BlockProtocols.drivers + BlockFormats.drivers))
+            try QCOW2TestFolder.addSecrets(to: graph)
+            graph.endLongWork()
+            var options: JSONObject = [
+                "driver": "qcow2", "file": ["driver": "file", "filename": .string(path)],
+            ]
+            options["encrypt"] = key["encrypt"]
+            do throws(BlockError) {
+                _ = try await graph.open(.object(options))
+                Issue.record("it was opened")
+            } catch {
+                #expect(error.code == .cancelled)
+            }
+            try await graph.closeAll()
+        }
+    }
+
+    @Test func aNewKeyDoesNotGoWhereAnotherStructureIs() async throws {
+        let folder = try QCOW2TestFolder()
+        try await folder.create("a.qcow2", Self.options())
+        try await folder.open("a.qcow2", options: Self.key) { edge throws(BlockError) in
+            let vector = try IOVector(allocating: 4 << 20)
+            vector.fill(0x5a)
+            try await edge.write(0, from: vector)
+        }
+        var bytes = try folder.bytes("a.qcow2")
+        let header = try #require(Self.luksHeader(in: bytes))
+        // Slot 1 lies behind the place that the image has for the header, in guest data.
+        bytes.replaceSubrange((header + 104)..<(header + 108), with: [0, 1, 0, 0])
+        bytes.replaceSubrange((header + 296)..<(header + 300), with: [0, 0, 0x10, 0])
+        try folder.write(bytes, "a.qcow2")
+        let before = bytes
+        try await folder.open("a.qcow2", options: Self.key) { edge throws(BlockError) in
+            do throws(BlockError) {
+                try await edge.node.graph.amend(
+                    edge.node,
+                    ImageAmendment(
+                        try OptionReader(
+                            [
+                                "encrypt": [
+                                    "format": "luks", "state": "active", "new-secret": "other",
+                                    "keyslot": 1, "iter-time": 1,
+                                ]
+                            ], of: "amendment")))
+                Issue.record("the key was set")
+            } catch {
+                #expect(error.code == .corrupt, "\(error)")
+            }
+        }
+        #expect(try folder.bytes("a.qcow2")[(header + 592)...] == before[(header + 592)...])
+    }
+
+    /// Where the image has its LUKS header.
+    private static func luksHeader(in bytes: [UInt8]) -> Int? {
+        Array(stride(from: 0, to: bytes.count, by: 512)).first {
+            bytes[$0..<($0 + 6)].elementsEqual([0x4c, 0x55, 0x4b, 0x53, 0xba, 0xbe])
+        }
     }
 
     @Test func writtenDataIsNotInTheFile() async throws {

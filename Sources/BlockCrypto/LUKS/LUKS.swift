@@ -14,8 +14,13 @@ import BlockCore
 public enum LUKS {
     /// What a header may ask for. Bytes unless the name says otherwise.
     public enum Limit {
-        /// PBKDF2 iterations of a slot: minutes of a processor's time.
+        /// PBKDF2 iterations of a slot.
         public static let iterationsMax = 1 << 28
+        /// Rounds of HMAC that trying a passphrase on all slots may take: eight slots of two seconds each
+        /// on a fast machine, and two minutes on a slow one.
+        public static let unlockRoundsMax = 1 << 28
+        /// Rounds of HMAC that are done in one go: some tens of milliseconds.
+        public static let roundsAtOnce = 1 << 15
         /// What the specification asks for at least.
         public static let iterationsMin = 1000
         /// The specification's only count.

@@ -66,17 +66,43 @@ extension LUKSHeader {
 
     // MARK: Slots
 
-    /// The master key, if `passphrase` opens slot `number`.
+    /// Rounds of HMAC that it takes to find out that a passphrase opens no slot.
+    public var unlockRounds: Int {
+        slots.filter(\.isActive).reduce(0) { sum, slot in
+            sum + KeyDerivation.rounds(hash, keySize, iterations: slot.iterations)
+                + KeyDerivation.rounds(hash, LUKS.digestSize, iterations: masterIterations)
+        }
+    }
+
+    /// - Throws: `exhausted` where trying a passphrase would take too long: a hostile header can ask for
+    ///   hours.
+    public func checkUnlockRounds() throws(BlockError) {
+        guard unlockRounds <= LUKS.Limit.unlockRoundsMax else {
+            throw BlockError(
+                .exhausted,
+                "trying a passphrase on the key slots would take \(unlockRounds) rounds of "
+                    + "'\(hash.rawValue)', more than \(LUKS.Limit.unlockRoundsMax)",
+                remedy: "if the image can be trusted, set its keys anew with a shorter iter-time")
+        }
+    }
+
+    /// Makes the key that opens the material of slot `number`.
+    public func slotKey(
+        _ number: Int, _ passphrase: SecretBytes
+    ) throws(BlockError) -> KeyDerivation {
+        let slot = slots[number]
+        return try KeyDerivation(
+            hash, keySize, from: passphrase, salt: slot.salt, iterations: slot.iterations)
+    }
+
+    /// The master key that `slotKey` gives, right or wrong.
     ///
     /// - Parameter material: the slot's, as it stands on disk.
-    public func masterKey(
-        inSlot number: Int, _ passphrase: SecretBytes, material: [UInt8]
-    ) throws(BlockError) -> SecretBytes? {
+    public func candidate(
+        inSlot number: Int, _ slotKey: SecretBytes, material: [UInt8]
+    ) throws(BlockError) -> SecretBytes {
         let slot = slots[number]
-        guard slot.isActive else { return nil }
         precondition(material.count == materialRange(of: number).count)
-        let slotKey = try hash.derive(
-            keySize, from: passphrase, salt: slot.salt, iterations: slot.iterations)
         let clear = try transform(material, slotKey, encrypts: false)
         let merged = clear.withBytes { bytes -> Result<SecretBytes, BlockError> in
             do throws(BlockError) {
@@ -86,10 +112,18 @@ extension LUKSHeader {
                 return .failure(error)
             }
         }
-        let candidate = try merged.get()
-        let digest = try hash.derive(
-            LUKS.digestSize, from: candidate, salt: masterSalt, iterations: masterIterations)
-        return digest.isEqual(to: SecretBytes(masterDigest)) ? candidate : nil
+        return try merged.get()
+    }
+
+    /// Makes the digest by which a master key is known.
+    public func digest(of candidate: SecretBytes) throws(BlockError) -> KeyDerivation {
+        try KeyDerivation(
+            hash, LUKS.digestSize, from: candidate, salt: masterSalt, iterations: masterIterations)
+    }
+
+    /// Whether `digest` is the master key's.
+    public func isMasterDigest(_ digest: SecretBytes) -> Bool {
+        digest.isEqual(to: SecretBytes(masterDigest))
     }
 
     /// Makes `passphrase` open slot `number`.
@@ -111,7 +145,15 @@ extension LUKSHeader {
         split.append(contentsOf: [UInt8](repeating: 0, count: padding))
         let material = try transform(split, slotKey, encrypts: true)
         slot.isActive = true
-        slots[number] = slot
+        var changed = self
+        changed.slots[number] = slot
+        guard changed.unlockRounds <= LUKS.Limit.unlockRoundsMax else {
+            throw BlockError(
+                .invalidArgument,
+                "with another key of \(iterationMilliseconds) milliseconds, trying a passphrase would "
+                    + "take longer than allowed", remedy: "use a shorter 'iter-time'")
+        }
+        self = changed
         return material.withBytes { Array($0) }
     }
 

@@ -13,13 +13,18 @@ final class LUKSArea {
     private let edge: Edge
     /// Where the header begins, in bytes.
     private let offset: Int
+    /// Bytes that it may take from there on, with its slots.
+    private let count: Int
     private(set) var header: LUKSHeader
+    /// Asked before anything is written: refuses what would overwrite something else.
+    var checkWrite: (_ offset: Int, _ count: Int) async throws(BlockError) -> Void = { _, _ in }
 
     private var thread: IOThread { edge.node.thread }
 
-    private init(_ edge: Edge, _ offset: Int, _ header: LUKSHeader) {
+    private init(_ edge: Edge, _ range: ByteRange, _ header: LUKSHeader) {
         self.edge = edge
-        self.offset = offset
+        offset = range.offset
+        count = range.count
         self.header = header
     }
 
@@ -48,7 +53,7 @@ final class LUKSArea {
                 "LUKS key slots reach to \(end), past the end of their place at "
                     + "\(range.count)")
         }
-        return LUKSArea(edge, range.offset, header)
+        return LUKSArea(edge, range, header)
     }
 
     /// Makes a header that `passphrase` opens, and writes it. Durable after a flush.
@@ -64,7 +69,7 @@ final class LUKSArea {
                 0, passphrase, key, iterationMilliseconds: options.iterationMilliseconds)
             return (header: header, material: material)
         }
-        let area = LUKSArea(edge, offset, made.header)
+        let area = LUKSArea(edge, ByteRange(offset, made.header.end), made.header)
         try await area.write(made.material, ofSlot: 0)
         try await area.write(made.header)
         return area
@@ -85,17 +90,36 @@ final class LUKSArea {
     }
 
     /// The master key, if `passphrase` opens `slot`.
+    ///
+    /// - Throws: `exhausted` where the header asks for too much work; `cancelled` when all work ends.
     func masterKey(
         _ passphrase: SecretBytes, inSlot slot: Int
     ) async throws(BlockError) -> SecretBytes? {
+        try header.checkUnlockRounds()
         guard header.slots[slot].isActive else { return nil }
         let range = header.materialRange(of: slot)
         let material = try IOVector(allocating: range.count)
         try await edge.read(offset + range.offset, into: material)
         let header = header
-        return try await thread.offload { () throws(BlockError) in
-            try header.masterKey(inSlot: slot, passphrase, material: material.array)
+        let slotKey = try await derive(try header.slotKey(slot, passphrase))
+        let candidate = try await thread.offload { () throws(BlockError) in
+            try header.candidate(inSlot: slot, slotKey, material: material.array)
         }
+        let digest = try await derive(try header.digest(of: candidate))
+        return header.isMasterDigest(digest) ? candidate : nil
+    }
+
+    /// Slice by slice: the worker threads are there for others too, and nobody waits for it at the end.
+    private func derive(_ work: KeyDerivation) async throws(BlockError) -> SecretBytes {
+        while !work.isFinished {
+            guard !edge.node.graph.isEnding else {
+                throw BlockError(.cancelled, "trying the passphrase was given up")
+            }
+            try await thread.offload { () throws(BlockError) in
+                try work.advance(LUKS.Limit.roundsAtOnce)
+            }
+        }
+        return try work.key
     }
 
     /// Makes `passphrase` open `slot`.
@@ -131,12 +155,23 @@ final class LUKSArea {
     }
 
     private func write(_ material: [UInt8], ofSlot slot: Int) async throws(BlockError) {
-        let place = offset + header.materialRange(of: slot).offset
-        try await edge.write(place, from: try Self.vector(material))
+        try await write(material, at: header.materialRange(of: slot).offset)
     }
 
     private func write(_ header: LUKSHeader) async throws(BlockError) {
-        try await edge.write(offset, from: try Self.vector(header.serialised()))
+        try await write(header.serialised(), at: 0)
+    }
+
+    private func write(_ bytes: [UInt8], at start: Int) async throws(BlockError) {
+        // Of slots that are not in use nothing was asked so far.
+        guard start + bytes.count <= count else {
+            throw BlockError(
+                .corrupt,
+                "a LUKS key slot reaches to \(start + bytes.count), past the end of the header's place "
+                    + "at \(count)", node: edge.node.name)
+        }
+        try await checkWrite(offset + start, bytes.count)
+        try await edge.write(offset + start, from: try Self.vector(bytes))
     }
 
     private static func vector(_ bytes: [UInt8]) throws(BlockError) -> IOVector {

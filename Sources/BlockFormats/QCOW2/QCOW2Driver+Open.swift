@@ -77,6 +77,10 @@ extension QCOW2Driver {
         let driver = QCOW2Driver(
             node, file, data: data, image, options, refcountTable: refcountTable)
         driver.encryption = encryption
+        encryption?.area?.checkWrite = { offset, count throws(BlockError) in
+            try await image.checkOverlap(
+                offset, count, ignoring: .encryptionHeader, "the encryption header")
+        }
         driver.takeLimits()
         try await driver.loadSnapshots(writable: writable)
         try await driver.bitmaps.readDirectory(writable: writable)

@@ -17,6 +17,8 @@ struct QCOW2OverlapCheck: OptionSet, Sendable {
     static let inactiveL1 = QCOW2OverlapCheck(rawValue: 64)
     static let inactiveL2 = QCOW2OverlapCheck(rawValue: 128)
     static let bitmapDirectory = QCOW2OverlapCheck(rawValue: 256)
+    /// Looked after with all others.
+    static let encryptionHeader = QCOW2OverlapCheck(rawValue: 512)
 
     static let none: QCOW2OverlapCheck = []
     /// What takes the same time whatever the image.
@@ -92,7 +94,11 @@ extension QCOW2Image {
         {
             return "refcount table"
         }
-        if let place = header.encryptionPlace, range.overlaps(place) { return "encryption header" }
+        if !own.contains(.encryptionHeader), let place = header.encryptionPlace,
+            range.overlaps(place)
+        {
+            return "encryption header"
+        }
         return overlapOfTables(host, count, checked)
     }
 

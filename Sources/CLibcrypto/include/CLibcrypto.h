@@ -30,9 +30,20 @@ int merino_cipher_run(
 /// @return 0, or -1.
 int merino_digest(const char *name, const uint8_t *input, size_t size, uint8_t *output);
 
-/// PBKDF2 with HMAC (RFC 8018 §5.2).
+/// One block of a PBKDF2 key on its way (RFC 8018 §5.2), with HMAC. For one thread at a time.
+typedef struct merino_pbkdf2 merino_pbkdf2;
+
+/// @param block its number in the key, from 1 on.
+/// @return a block after its first round; NULL when there is no such digest, or no memory.
+merino_pbkdf2 *merino_pbkdf2_new(
+    const char *digest, const uint8_t *password, size_t password_size, const uint8_t *salt,
+    size_t salt_size, uint32_t block);
+void merino_pbkdf2_free(merino_pbkdf2 *state);
+
+/// Carries out more rounds.
 ///
 /// @return 0, or -1.
-int merino_pbkdf2(
-    const char *digest, const uint8_t *password, size_t password_size, const uint8_t *salt,
-    size_t salt_size, uint32_t iterations, uint8_t *output, size_t size);
+int merino_pbkdf2_run(merino_pbkdf2 *state, uint32_t rounds);
+
+/// The block after the rounds so far: `size` bytes, as many as the digest has at most.
+void merino_pbkdf2_key(const merino_pbkdf2 *state, uint8_t *output, size_t size);
