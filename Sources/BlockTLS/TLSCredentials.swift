@@ -222,6 +222,11 @@ public final class TLSCredentials: @unchecked Sendable {
 
     // MARK: Shared
 
+    /// - Throws: `invalidArgument` for a priority string that GnuTLS does not take.
+    public static func check(priority: String) throws(BlockError) {
+        gnutls_priority_deinit(try makePriority(priority))
+    }
+
     /// Every kind of credentials begins here, and so does the loading of GnuTLS.
     static func makePriority(_ text: String) throws(BlockError) -> gnutls_priority_t {
         if let reason = merino_gnutls_load() {

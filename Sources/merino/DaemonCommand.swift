@@ -31,11 +31,14 @@ struct DaemonCommand: ParsableCommand {
         }
         SignalSource.block(DaemonProgram.signals)
         let inherited = try ServiceManager.takeDescriptors()
+        let notice: @Sendable (String) -> Void = { StandardOutput.print($0) }
         guard options.daemonizes else {
-            return try DaemonProgram.run(options, inherited) { () throws(BlockError) in }
+            return try DaemonProgram.run(options, inherited, notice: notice) {
+                () throws(BlockError) in
+            }
         }
         let daemonization = try Daemonization.begin()
-        try DaemonProgram.run(options, inherited) { () throws(BlockError) in
+        try DaemonProgram.run(options, inherited, notice: notice) { () throws(BlockError) in
             try daemonization.ready()
         }
     }

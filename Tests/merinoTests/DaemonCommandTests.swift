@@ -26,6 +26,112 @@ import Testing
         #expect(result.status == 0, "\(result.errors)\(result.output)")
     }
 
+    private static let talk = """
+        {"execute": "qmp_capabilities"}
+        {"execute": "query-version", "id": 1}
+        {"execute": "quit"}
+
+        """
+
+    @Test func aMonitorAnswersInAFileAndTakesCommandsFromAnother() throws {
+        let place = try Workplace()
+        try Self.talk.write(toFile: "\(place.folder)/commands", atomically: false, encoding: .utf8)
+        let result = try place.merino(
+            "daemon", "--chardev", "file,id=m,path=replies,input-path=commands", "--monitor", "m")
+        #expect(result.status == 0, "\(result.errors)")
+        let replies = try String(contentsOfFile: "\(place.folder)/replies", encoding: .utf8)
+        #expect(replies.contains("\"QMP\"") && replies.contains("\"id\": 1"), "\(replies)")
+    }
+
+    @Test("a monitor answers on", arguments: ["pipe", "pty", "udp"])
+    func characterDevice(_ kind: String) throws {
+        let place = try Workplace()
+        try Self.talk.write(toFile: "\(place.folder)/talk", atomically: false, encoding: .utf8)
+        let script = """
+            import os, socket, subprocess, sys
+            kind = "\(kind)"
+            talk = open("talk", "rb").read()
+            options = kind + ",id=m"
+            if kind == "pipe":
+                os.mkfifo("p.in")
+                os.mkfifo("p.out")
+                options += ",path=p"
+                ends = [os.open("p.in", os.O_RDWR), os.open("p.out", os.O_RDWR)]
+            if kind == "udp":
+                client, other = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)]
+                for end in client, other:
+                    end.bind(("127.0.0.1", 0))
+                port = other.getsockname()[1]
+                other.close()
+                options += ",host=127.0.0.1,port=%d,localaddr=127.0.0.1,localport=%d" % (
+                    client.getsockname()[1], port)
+                ends = [client.fileno(), client.fileno()]
+            daemon = subprocess.Popen(
+                [sys.argv[1], "daemon", "--chardev", options, "--monitor", "m"],
+                stdout=subprocess.PIPE)
+            if kind == "pty":
+                line = daemon.stdout.readline().decode()
+                assert line.startswith("char device redirected to ") and "(label m)" in line, line
+                terminal = os.open(line.split()[4], os.O_RDWR | os.O_NOCTTY)
+                ends = [terminal, terminal]
+            found = os.read(ends[1], 65536)
+            if kind == "udp":
+                client.connect(("127.0.0.1", port))
+            os.write(ends[0], talk)
+            while b'"id": 1' not in found:
+                found += os.read(ends[1], 65536)
+            assert b'"QMP"' in found, found
+            assert daemon.wait(60) == 0
+            """
+        try python(script, in: place)
+    }
+
+    @Test func aDeviceThatMakesNoSenseIsRefusedByItsName() throws {
+        let place = try Workplace()
+        for kind in ["mux", "parallel", "nosuch"] {
+            let result = try place.merino("daemon", "--chardev", "\(kind),id=m")
+            #expect(result.status == 1 && result.errors.contains(kind), "\(result.errors)")
+        }
+    }
+
+    @Test func cipherSuitesAreCheckedAndNeedAPriority() throws {
+        let place = try Workplace()
+        for (options, word) in [("", "priority"), (",priority=NOSUCH", "NOSUCH")] {
+            let result = try place.merino("daemon", "--object", "tls-cipher-suites,id=c\(options)")
+            #expect(result.status == 1 && result.errors.contains(word), "\(result.errors)")
+        }
+        let result = try place.merino(
+            "daemon", "--object", "tls-cipher-suites,id=c,priority=NORMAL", "--chardev",
+            "stdio,id=m,signal=off", "--monitor", "m", input: Self.talk)
+        #expect(result.status == 0, "\(result.errors)")
+    }
+
+    @Test func aSignalEndsTheTryingOfAPassphrase() throws {
+        let place = try Workplace()
+        let made = try place.run(
+            "/usr/bin/env",
+            [
+                "qemu-img", "create", "-q", "--object", "secret,id=s,data=x", "-f", "luks", "-o",
+                "key-secret=s,iter-time=10", "disk", "1M",
+            ])
+        #expect(made.status == 0, "\(made.errors)")
+        // Some minutes of work.
+        try place.tool(
+            "sh", "-c",
+            "printf '\\007\\000\\000\\000' | dd of=disk bs=1 seek=212 conv=notrunc status=none")
+        let key = ["--object", "secret,id=s,data=x"]
+        let disk = "driver=luks,file.driver=file,file.filename=disk,key-secret=s"
+        for arguments in [
+            ["daemon"] + key + ["--blockdev", "node-name=d,\(disk)"],
+            ["serve", "-k", "\(place.folder)/socket"] + key + ["--image-opts", disk],
+        ] {
+            let result = try place.run(
+                "/usr/bin/timeout",
+                ["--preserve-status", "-k", "40", "-s", "TERM", "2", Workplace.merino] + arguments)
+            #expect(result.status != 137, "\(arguments)")
+        }
+    }
+
     @Test(arguments: [false, true])
     func theServiceManagerHearsWhenTheDaemonIsReadyAndWhenItStops(daemonizes: Bool) throws {
         let place = try Workplace()

@@ -28,7 +28,9 @@ extension CharacterDevice {
 
 /// The kinds of devices there are.
 enum CharacterDevices {
-    static let backends = ["memory", "null", "ringbuf", "socket", "stdio"]
+    static let backends = [
+        "file", "memory", "null", "pipe", "pty", "ringbuf", "serial", "socket", "stdio", "udp",
+    ]
 
     /// Makes a device.
     ///
@@ -44,6 +46,19 @@ enum CharacterDevices {
             try options.finish()
             return NullDevice()
         case "stdio": return try StandardStreams(options, on: daemon.thread)
+        case "file": return try DescriptorDevice.file(options, on: daemon.thread)
+        case "pipe": return try DescriptorDevice.pipe(options, on: daemon.thread)
+        case "pty": return try DescriptorDevice.terminal(options, on: daemon.thread)
+        case "serial", "tty": return try DescriptorDevice.serial(options, on: daemon.thread)
+        case "udp": return try await DescriptorDevice.datagrams(options, on: daemon.thread)
+        case "mux":
+            throw BlockError(
+                .unsupported, "a monitor has its character device to itself: there is no 'mux'",
+                remedy: "give each monitor a device")
+        case "parallel", "parport":
+            throw BlockError(
+                .unsupported, "parallel ports are no character devices here",
+                remedy: "use one of \(backends.joined(separator: ", "))")
         default:
             throw BlockError(
                 .unsupported, "there is no character device backend '\(backend)'",

@@ -54,8 +54,14 @@ extension StorageDaemon {
         let identifier = try reader.required("id")
         let backend = try reader.value("backend")
         try reader.finish()
-        try await addCharacterDevice(try deviceOptions(identifier, backend))
-        return [:]
+        return Self.made(
+            try await addCharacterDevice(try deviceOptions(identifier, backend)))
+    }
+
+    /// The name of a new terminal, which its user cannot know otherwise.
+    private static func made(_ device: any CharacterDevice) -> JSONValue {
+        guard let name = (device as? DescriptorDevice)?.terminalName else { return [:] }
+        return ["pty": .string(name)]
     }
 
     /// `chardev-change`: another device under the same identifier.
@@ -68,13 +74,13 @@ extension StorageDaemon {
         let options = try deviceOptions(identifier, backend)
         characterDevices[identifier] = nil
         do throws(BlockError) {
-            try await addCharacterDevice(options)
+            let device = try await addCharacterDevice(options)
+            old.close()
+            return Self.made(device)
         } catch {
             characterDevices[identifier] = old
             throw error
         }
-        old.close()
-        return [:]
     }
 
     /// `chardev-remove`.

@@ -13,6 +13,7 @@ enum DaemonObject {
         case certificates = "tls-creds-x509"
         case keys = "tls-creds-psk"
         case anonymous = "tls-creds-anon"
+        case cipherSuites = "tls-cipher-suites"
         case authorization = "authz-simple"
         case authorizationList = "authz-list"
         case authorizationFile = "authz-list-file"
@@ -22,6 +23,8 @@ enum DaemonObject {
 
     case secret(SecretBytes)
     case credentials(TLSCredentials)
+    /// Of virtual machines' firmware; nothing here uses it.
+    case cipherSuites
     /// Says who may come in.
     case authorization(@Sendable (String) -> Bool)
     case authorizationList(SharedAuthorizationList)
@@ -76,6 +79,7 @@ extension StorageDaemon {
         case .certificates: return .credentials(try await certificates(reader))
         case .keys: return .credentials(try await keys(reader))
         case .anonymous: return .credentials(try await anonymous(reader))
+        case .cipherSuites: return try await cipherSuites(reader)
         case .authorization:
             let identity = try reader.required("identity")
             try reader.finish()
@@ -165,6 +169,20 @@ extension StorageDaemon {
         let priority = try reader.string("priority") ?? TLSCredentials.defaultPriority
         try reader.finish()
         return try .anonymous(endpoint: endpoint, priority: priority)
+    }
+
+    /// A list of ciphers, as a priority string names it. QEMU hands it to a machine's firmware; a daemon
+    /// checks it.
+    private func cipherSuites(_ reader: OptionReader) async throws(BlockError) -> DaemonObject {
+        _ = try reader.string("dir")
+        _ = try reader.enumeration("endpoint", as: TLSEndpoint.self)
+        _ = try reader.bool("verify-peer")
+        let priority = try reader.required("priority")
+        try reader.finish()
+        try await thread.offload { () throws(BlockError) in
+            try TLSCredentials.check(priority: priority)
+        }
+        return .cipherSuites
     }
 
     // MARK: Users of objects

@@ -43,7 +43,7 @@ extension DaemonObject.Kind {
     var parent: String {
         switch self {
         case .secret, .keyringSecret: "secret_common"
-        case .certificates, .keys, .anonymous: "tls-creds"
+        case .certificates, .keys, .anonymous, .cipherSuites: "tls-creds"
         case .authorization, .authorizationList, .authorizationFile: "authz"
         case .thread: "event-loop-base"
         case .throttleGroup: "object"
@@ -72,7 +72,7 @@ extension DaemonObject.Kind {
                 Property("sanity-check", "bool", true), Property("passwordid", "string", ""),
             ]
         case .keys: return credentials + [Property("username", "string", "qemu")]
-        case .anonymous: return credentials
+        case .anonymous, .cipherSuites: return credentials
         case .authorization: return [Property("identity", "string", "")]
         case .authorizationList:
             return [

@@ -139,7 +139,8 @@ public struct DaemonOptions: Sendable {
                                   Export a node.
           --chardev socket,id=ID,path=PATH,server=on,wait=off
           --chardev socket,id=ID,host=HOST,port=PORT,server=on,wait=off
-                                  Make a socket for a monitor.
+                                  Make a socket for a monitor; others are stdio, file, pipe, pty,
+                                  serial and udp.
           --monitor CHARDEV[,pretty=on]
                                   Answer QMP on a socket.
           -T, --trace [PATTERN][,events=FILE][,file=FILE]

@@ -22,8 +22,11 @@ public final class DaemonProgram: @unchecked Sendable {
     private var isEnding = false
     private let ending = WakeUp()
 
-    private init(on thread: IOThread) {
+    private let notice: @Sendable (String) -> Void
+
+    private init(on thread: IOThread, _ notice: @escaping @Sendable (String) -> Void) {
         self.thread = thread
+        self.notice = notice
         daemon = StorageDaemon(on: thread)
         monitors = MonitorServer(for: daemon)
         daemon.quit = { [weak self] in self?.end() }
@@ -33,10 +36,12 @@ public final class DaemonProgram: @unchecked Sendable {
     ///
     /// - Parameters:
     ///   - inherited: open files that a service manager handed over; options refer to them by name.
+    ///   - notice: takes what is to be printed: lines that tell the names of new terminals.
     ///   - ready: called when everything is set up.
     /// - Throws: the first failure to set up; or, at the end, to make something durable.
     public static func run(
         _ options: DaemonOptions, _ inherited: [ServiceManager.Inherited] = [],
+        notice: @escaping @Sendable (String) -> Void = { _ in },
         ready: @escaping @Sendable () throws(BlockError) -> Void
     ) throws(BlockError) {
         // Locked first, so that a second daemon ends before it touches anything.
@@ -45,7 +50,7 @@ public final class DaemonProgram: @unchecked Sendable {
         let thread = try IOThread(name: "merino-daemon")
         defer { thread.stop() }
         try thread.runBlocking { () async throws(BlockError) in
-            let program = DaemonProgram(on: thread)
+            let program = DaemonProgram(on: thread, notice)
             for file in inherited where !file.name.isEmpty {
                 program.daemon.inheritedDescriptors[file.name] = file.descriptor
             }
@@ -88,6 +93,7 @@ public final class DaemonProgram: @unchecked Sendable {
 
     private func end() {
         isEnding = true
+        daemon.graph.endLongWork()
         for device in daemon.characterDevices.values { device.stopWaiting() }
         ending.wake()
     }
@@ -114,7 +120,14 @@ public final class DaemonProgram: @unchecked Sendable {
     }
 
     private func addDevice(_ options: JSONValue) async throws(BlockError) {
-        try await daemon.addCharacterDevice(options).waitForClient()
+        let device = try await daemon.addCharacterDevice(options)
+        if let terminal = (device as? DescriptorDevice)?.terminalName,
+            case .string(let label)? = options["id"]
+        {
+            // Scripts read the name from this line.
+            notice("char device redirected to \(terminal) (label \(label))\n")
+        }
+        try await device.waitForClient()
     }
 
     private func addMonitor(_ options: JSONValue) throws(BlockError) {
