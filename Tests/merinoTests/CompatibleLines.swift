@@ -21,6 +21,7 @@ enum CompatibleLines {
         "imageAmend": imageAmend,
         "imageBitmap": imageBitmap,
         "exerciser": exerciser,
+        "exerciserMisuse": exerciserMisuse,
         "server": server,
     ]
 
@@ -418,6 +419,35 @@ enum CompatibleLines {
         #"qemu-io -c 'truncate -m nosuch 8M' o.qcow2"#,
         #"qemu-io -c 'open -C o.qcow2' -c 'read -P 3 1M 4k' -c map"#,
         #"qemu-io -c 'open -s plain.qcow2' -c 'write -P 9 0 4k' && qemu-io -c 'read -P 1 0 4k' plain.qcow2"#,
+    ]
+
+    /// Lines of the exerciser that make no sense: scripts look for what it says of them.
+    private static let exerciserMisuse = [
+        #"qemu-io -c 'read x 512' a.qcow2"#,
+        #"qemu-io -c 'read 0 1x' a.qcow2"#,
+        #"qemu-io -c 'read 0 1e3' a.qcow2"#,
+        #"qemu-io -c 'read -P 300 0 512' a.qcow2"#,
+        #"qemu-io -c 'write -P 0x100 0 512' a.qcow2"#,
+        #"qemu-io -c 'readv 0 x' a.qcow2"#,
+        #"qemu-io -c 'aio_read x 512' a.qcow2"#,
+        #"qemu-io -c 'discard 0 x' a.qcow2"#,
+        #"qemu-io -c 'alloc x' a.qcow2"#,
+        #"qemu-io -c 'truncate x' a.qcow2"#,
+        #"qemu-io -c 'write -u 0 512' a.qcow2"#,
+        #"qemu-io -c 'write -n 0 512' a.qcow2"#,
+        #"qemu-io -c 'write -b -z 0 512' a.qcow2"#,
+        #"qemu-io -c 'write -f -b 0 512' a.qcow2"#,
+        #"qemu-io -c 'write -z -P 1 0 512' a.qcow2"#,
+        #"qemu-io -c 'read 0 3G' a.qcow2"#,
+        #"qemu-io -c 'write 0 2147483648' a.qcow2"#,
+        #"qemu-io -c 'read 0 99999999999999999999' a.qcow2"#,
+        #"qemu-io -c 'read -P 1 -l 1k 0 512' a.qcow2"#,
+        #"qemu-io -c 'sleep x' a.qcow2"#,
+        #"qemu-io -c 'nosuch' a.qcow2 2>&1"#,
+        #"qemu-io -c 'read' a.qcow2 2>&1"#,
+        #"qemu-io -c 'read 0' a.qcow2 2>&1"#,
+        #"qemu-io -c 'map x' a.qcow2 2>&1"#,
+        #"qemu-io -c 'sleep' a.qcow2 2>&1"#,
     ]
 
     private static let server = [

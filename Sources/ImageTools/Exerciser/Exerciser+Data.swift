@@ -127,8 +127,8 @@ extension Exerciser {
                 ?? max(0, vector.count - start)
             guard let part = ByteRange(checking: start, count: length), part.end <= vector.count
             else {
-                throw BlockError(
-                    .invalidArgument, "the bytes to check reach past the end of those read")
+                throw ExerciserArguments.misuse(
+                    "pattern verification range exceeds end of read data")
             }
             checked = part
             isQuiet = arguments.has("q")
@@ -223,18 +223,20 @@ extension Exerciser {
 
         private static func check(_ arguments: ExerciserArguments) throws(BlockError) {
             let isZero = arguments.has("z")
+            if arguments.has("b"), isZero {
+                throw ExerciserArguments.misuse("-b and -z cannot be specified at the same time")
+            }
+            if arguments.has("f"), arguments.has("b") || arguments.has("c") {
+                throw ExerciserArguments.misuse(
+                    "-f and -b or -c cannot be specified at the same time")
+            }
             for flag: Character in ["n", "u"] where arguments.has(flag) && !isZero {
-                throw BlockError(.invalidArgument, "-\(flag) needs -z")
+                throw ExerciserArguments.misuse("-\(flag) requires -z to be specified")
             }
             let fillings = [isZero, arguments.value("P") != nil, arguments.value("s") != nil]
             if fillings.filter({ $0 }).count > 1 {
-                throw BlockError(.invalidArgument, "-z, -P and -s exclude each other")
-            }
-            if arguments.has("b"), isZero {
-                throw BlockError(.invalidArgument, "-b and -z exclude each other")
-            }
-            if arguments.has("f"), arguments.has("b") || arguments.has("c") {
-                throw BlockError(.invalidArgument, "-f excludes -b and -c")
+                throw ExerciserArguments.misuse(
+                    "Only one of -z, -P, and -s can be specified at the same time")
             }
         }
     }
@@ -340,9 +342,8 @@ extension Exerciser {
             let count = try ExerciserArguments.bytes(word)
             guard let sum = total.adding(count), isUnlimited || sum <= Limits.requestBytesMax
             else {
-                throw BlockError(
-                    .invalidArgument,
-                    "the length cannot exceed \(Limits.requestBytesMax), given \(word)")
+                throw ExerciserArguments.misuse(
+                    "length cannot exceed \(Limits.requestBytesMax), given \(word)")
             }
             total = sum
             counts.append(count)

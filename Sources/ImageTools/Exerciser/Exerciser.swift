@@ -23,6 +23,9 @@ public final class Exerciser: @unchecked Sendable {
     let session: ToolSession
     let output: (String) -> Void
     let notice: (String) -> Void
+    /// Takes errors about lines that no command begins, when called by the original's name.
+    private let complaint: ((String) -> Void)?
+    private var isCompatible: Bool { complaint != nil }
     /// How the command line opens images; `open` begins with it.
     let standard: ImageSource
     /// The open image and how it was opened.
@@ -35,11 +38,15 @@ public final class Exerciser: @unchecked Sendable {
     private var asynchronousCount = 0
     private var sleepers: [UnsafeContinuation<Void, Never>] = []
 
-    /// - Parameter standard: how images are opened where a command does not say otherwise.
+    /// - Parameters:
+    ///   - standard: how images are opened where a command does not say otherwise.
+    ///   - complaint: takes lines that have no program's name in front; where there is one, what is wrong
+    ///     with a command's arguments is told among the results, as the original does.
     public init(
         in session: ToolSession, standard: ImageSource, output: @escaping (String) -> Void,
-        notice: @escaping (String) -> Void
+        complaint: ((String) -> Void)? = nil, notice: @escaping (String) -> Void
     ) {
+        self.complaint = complaint
         self.session = session
         self.standard = standard
         self.output = output
@@ -72,10 +79,23 @@ public final class Exerciser: @unchecked Sendable {
         do throws(BlockError) {
             try await run(name, Array(words.dropFirst()))
         } catch {
-            notice(error.description)
+            tell(error)
             return false
         }
         return !hasFailed
+    }
+
+    /// What errors about a line as a whole send to: by it they are known.
+    private static let listRemedy = "'help' lists the commands"
+
+    /// Scripts look for what is wrong with a line where the original says it: among the results, or, of the
+    /// line as a whole, among the errors, without a program's name.
+    private func tell(_ error: BlockError) {
+        switch error.remedy {
+        case ExerciserArguments.remedy where isCompatible: output("\(error.message)\n")
+        case Self.listRemedy where isCompatible: complaint?(error.message)
+        default: notice(error.description)
+        }
     }
 
     private func run(_ name: String, _ words: [String]) async throws(BlockError) {
@@ -85,13 +105,13 @@ public final class Exerciser: @unchecked Sendable {
                     .unsupported,
                     "command '\(name)' is not supported: there is no access to zoned devices")
             }
-            throw BlockError(.notFound, "there is no command '\(name)'", remedy: "try 'help'")
+            throw BlockError(.notFound, "command \"\(name)\" not found", remedy: Self.listRemedy)
         }
         guard command.arguments.contains(words.count) else {
             throw BlockError(
-                .invalidArgument,
+                .notFound,
                 "bad argument count \(words.count) to \(name), expected "
-                    + Self.expected(command.arguments))
+                    + Self.expected(command.arguments), remedy: Self.listRemedy)
         }
         if command.needsImage, edge == nil {
             throw BlockError(.notFound, "no file open", remedy: "try 'help open'")
@@ -205,7 +225,7 @@ extension Exerciser {
         summary: "waits; requests on their way go on"
     ) { exerciser, words throws(BlockError) in
         guard let milliseconds = UInt64(words[0]), milliseconds <= 1 << 40 else {
-            throw BlockError(.invalidArgument, "'\(words[0])' is no number of milliseconds")
+            throw ExerciserArguments.misuse("\(words[0]) is not a valid number")
         }
         await exerciser.session.thread.sleep(nanoseconds: milliseconds * 1_000_000)
     }

@@ -46,15 +46,26 @@ struct ExerciserArguments {
         }
     }
 
+    /// What every error of misuse sends to: by it they are known.
+    static let remedy = "'help COMMAND' tells what a command takes"
+
+    /// A line that makes no sense, in the words that scripts know.
+    static func misuse(_ words: String) -> BlockError {
+        BlockError(.invalidArgument, words, remedy: remedy)
+    }
+
     func has(_ flag: Character) -> Bool { flags.contains(flag) }
     func value(_ option: Character) -> String? { values[option] }
 
     /// A number of bytes, with a unit or without.
     static func bytes(_ text: String) throws(BlockError) -> Int {
         guard let value = SizeText.parse(text) else {
-            throw BlockError(
-                .invalidArgument, "'\(text)' is no number of bytes",
-                remedy: "give bytes, or a number with k, M, G, T, P or E")
+            let isNumber = text.allSatisfy(\.isWholeNumber) && !text.isEmpty
+            throw misuse(
+                isNumber
+                    ? "Parsing error: argument too large -- \(text)"
+                    : "Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- \(text)"
+            )
         }
         return value
     }
@@ -64,8 +75,7 @@ struct ExerciserArguments {
         guard let text = value("P") else { return nil }
         let number = text.hasPrefix("0x") ? UInt8(text.dropFirst(2), radix: 16) : UInt8(text)
         guard let number else {
-            throw BlockError(
-                .invalidArgument, "'\(text)' is no byte", remedy: "give a number from 0 to 255")
+            throw Self.misuse("\(text) is not a valid pattern byte")
         }
         return number
     }
