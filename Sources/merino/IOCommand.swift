@@ -54,9 +54,11 @@ struct IOCommand: ParsableCommand {
             let source = try source
             let (commands, isNamed) = (commands, file != nil)
             hasFailed = try ToolSession.run { session throws(BlockError) in
+                var complaint: ((String) -> Void)?
+                if Merino.program == "qemu-io" { complaint = { StandardError.print($0) } }
                 let exerciser = Exerciser(
                     in: session, standard: source, output: { StandardOutput.print($0) },
-                    complaint: Merino.program == "qemu-io" ? { StandardError.print($0) } : nil,
+                    complaint: complaint,
                     notice: { StandardError.print("\(Merino.program): \($0)") })
                 if isNamed { try await exerciser.open(source) }
                 let failed = await Self.feed(exerciser, commands, session)
