@@ -5,7 +5,8 @@ import Testing
 /// `check` beside `qemu-img check`.
 @Suite struct CheckCommandTests {
     enum State: String, CaseIterable {
-        case clean, leaky, corrupt, compressed, snapshots, bitmaps, empty, extended, version2
+        case clean, leaky, corrupt, compressed, snapshots, bitmaps, empty, extended, version2,
+            dataFile
     }
 
     private func make(_ state: State, _ place: Workplace) throws {
@@ -13,6 +14,7 @@ import Testing
             switch state {
             case .extended: "extended_l2=on"
             case .version2: "compat=0.10"
+            case .dataFile: "data_file=a.data"
             default: nil
             }
         if state == .compressed {

@@ -33,13 +33,7 @@ extension QCOW2Driver {
             node.setReadOnly()
         }
         var header = try await readHeader(file)
-        if !node.isReadOnly {
-            try checkWritable(header)
-            if header.incompatible.contains(.dirty) {
-                try await QCOW2Check.repairDirty(file, header, on: opening.thread)
-                header = try await readHeader(file)
-            }
-        }
+        if !node.isReadOnly { try checkWritable(header) }
         _ = try await opening.child(
             "backing", roles: .cow, fallback: try await backingOptions(header, opening, file))
         let data = try await openDataFile(header, opening, file)
@@ -47,6 +41,11 @@ extension QCOW2Driver {
             header, file, opening.options, for: node)
         let options = try QCOW2Options(
             reading: opening.options, header, discards: node.options.discards)
+        // Last: an image that cannot be opened stays as it is.
+        if !node.isReadOnly, header.incompatible.contains(.dirty) {
+            try await QCOW2Check.mendCounts(file, header, on: opening.thread)
+            header = try await readHeader(file)
+        }
         let driver = try await make(
             node, file, data: data, encryption, header, options, writable: !node.isReadOnly)
         if !node.isReadOnly {

@@ -67,14 +67,14 @@ extension QCOW2Driver: InternalSnapshotStore {
         var isRetained = false
         var copy: QCOW2Refcounts.Allocation?
         do throws(BlockError) {
-            if !image.l1.isEmpty {
-                copy = try await refcounts.allocate(exactly: l1Clusters(image.l1.count))
-            }
+            // First: it finds what is in use with a count of 0, which would be handed out.
             let shared = try await changeReferences(of: image.l1, .retain)
             isRetained = true
-            if let copy {
-                snapshot.l1Offset = copy.offset
-                try await writeL1(shared, to: copy)
+            if !image.l1.isEmpty {
+                let place = try await refcounts.allocate(exactly: l1Clusters(image.l1.count))
+                copy = place
+                snapshot.l1Offset = place.offset
+                try await writeL1(shared, to: place)
             }
             image.l1 = shared
             try await writeActiveL1()

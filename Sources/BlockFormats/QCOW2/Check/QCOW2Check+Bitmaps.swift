@@ -9,7 +9,7 @@ extension QCOW2Check {
     /// Bits 1–8 and 56–63 of an entry of a bitmap table.
     private static let entryReservedMask: UInt64 = 0xff00_0000_0000_01fe
 
-    /// Reads the directory and finds what is wrong with the bitmaps. With repair, broken ones go.
+    /// Reads the directory and finds what is wrong with the bitmaps. A repair leaves broken ones out.
     func readBitmaps() async throws(BlockError) {
         guard header.hasBitmaps,
             let data = header.extensions.first(where: {
@@ -19,29 +19,34 @@ extension QCOW2Check {
         guard let (count, directory) = bitmapDirectory(data),
             let entries = try await directoryEntries(directory, count)
         else {
-            corruption(
-                mendsErrors
-                    ? "the bitmaps are dropped: their directory is broken"
-                    : "the bitmaps' directory is broken", mended: mendsErrors)
-            if mendsErrors { try await dropAllBitmaps() }
+            corruption("the bitmaps are dropped: their directory is broken", mended: true)
+            bitmaps.isChanged = true
             return
         }
         bitmaps.directory = directory
-        var kept: [QCOW2.BitmapEntry] = []
         var names: Set<[UInt8]> = []
         for entry in entries {
             var fault = try await fault(of: entry)
             if !names.insert(entry.name).inserted { fault = fault ?? "another one has its name" }
             if let fault {
                 corruption(
-                    "bitmap '\(Self.printable(entry.name))' is broken: \(fault)",
-                    mended: mendsErrors)
+                    "bitmap '\(Self.printable(entry.name))' is broken: \(fault)", mended: true)
                 if mendsErrors { continue }
             }
-            kept.append(entry)
-            if let table = table(of: entry) { bitmaps.tables.append(table) }
+            bitmaps.entries.append(entry)
         }
-        if kept.count < entries.count { try await rewriteDirectory(directory, kept) }
+        if bitmaps.entries.count < entries.count { bitmapsHaveChanged() }
+    }
+
+    /// Some are left out.
+    func bitmapsHaveChanged() {
+        guard let directory = bitmaps.directory, !bitmaps.entries.isEmpty else {
+            bitmaps = Bitmaps(isChanged: true)
+            return
+        }
+        let count = bitmaps.entries.reduce(0) { $0 + $1.length }
+        bitmaps.directory = ByteRange(directory.offset, count)
+        bitmaps.isChanged = true
     }
 
     private func bitmapDirectory(_ data: [UInt8]) -> (count: Int, ByteRange)? {
@@ -64,7 +69,7 @@ extension QCOW2Check {
     }
 
     /// The place of an entry's table, if a file can have it.
-    private func table(of entry: QCOW2.BitmapEntry) -> ByteRange? {
+    func table(of entry: QCOW2.BitmapEntry) -> ByteRange? {
         guard entry.tableOffset > 0, entry.tableCount > 0,
             entry.tableOffset < QCOW2.Limit.hostOffsetMax
         else { return nil }
@@ -133,43 +138,43 @@ extension QCOW2Check {
     func countBitmaps(_ counts: QCOW2ReferenceCounts) async throws(BlockError) {
         guard let directory = bitmaps.directory else { return }
         region(directory.offset, directory.count, "the bitmaps' directory", counts)
-        for table in bitmaps.tables {
-            guard region(table.offset, table.count, "a bitmap's table", counts) else { continue }
-            try await forEachBitmapEntry(table) { raw in
-                let offset = Int(raw & QCOW2.L1Entry.offsetMask)
-                guard offset != 0, self.fault(of: raw) == nil else { return }
-                counts.add(offset >> self.clusterBits, 1, .plain)
-            }
+        for entry in bitmaps.entries {
+            guard let table = table(of: entry),
+                region(table.offset, table.count, "a bitmap's table", counts)
+            else { continue }
+            try await forEachBitmapCluster(table) { counts.add($0, 1, .plain) }
+        }
+    }
+
+    /// The clusters that the sound entries of a table name.
+    func forEachBitmapCluster(
+        _ table: ByteRange, _ body: (Int) -> Void
+    ) async throws(BlockError) {
+        try await forEachBitmapEntry(table) { raw in
+            let offset = Int(raw & QCOW2.L1Entry.offsetMask)
+            if offset != 0, self.fault(of: raw) == nil { body(offset >> self.clusterBits) }
         }
     }
 
     // MARK: Repair
 
-    /// Without their feature bit the bitmaps are nobody's.
-    private func dropAllBitmaps() async throws(BlockError) {
+    /// Writes a directory of fewer bitmaps in the place of the old one. While it is written there are no
+    /// bitmaps: without their feature bit they are nobody's.
+    func mendBitmaps() async throws(BlockError) {
+        guard bitmaps.isChanged else { return }
+        bitmaps.isChanged = false
         header.autoclear.remove(.bitmaps)
         try await patchHeader()
-        bitmaps = Bitmaps()
-    }
-
-    /// Writes a directory of fewer bitmaps in the place of the old one. While it is written there
-    /// are no bitmaps.
-    private func rewriteDirectory(
-        _ old: ByteRange, _ kept: [QCOW2.BitmapEntry]
-    ) async throws(BlockError) {
-        let remaining = bitmaps.tables
-        try await dropAllBitmaps()
-        guard !kept.isEmpty, let place = try await bitmapExtensionOffset() else { return }
-        let bytes = QCOW2.BitmapEntry.serialise(kept)
-        try await write(bytes, at: old.offset)
+        guard let directory = bitmaps.directory, let place = try await bitmapExtensionOffset()
+        else { return }
+        try await write(QCOW2.BitmapEntry.serialise(bitmaps.entries), at: directory.offset)
         let fields = try await read(place, 16)
-        fields.bytes.storeBigEndian(UInt32(kept.count), at: 0)
-        fields.bytes.storeBigEndian(UInt64(bytes.count), at: 8)
+        fields.bytes.storeBigEndian(UInt32(bitmaps.entries.count), at: 0)
+        fields.bytes.storeBigEndian(UInt64(directory.count), at: 8)
         try await file.write(place, from: IOVector(fields))
         try await file.flush()
         header.autoclear.insert(.bitmaps)
         try await patchHeader()
-        bitmaps = Bitmaps(directory: ByteRange(old.offset, bytes.count), tables: remaining)
     }
 
     /// Where the data of the bitmaps' header extension is.

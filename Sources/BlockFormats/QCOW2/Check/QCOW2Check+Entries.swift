@@ -16,15 +16,12 @@ extension QCOW2Check {
     }
 
     /// Counts what a table refers to, and in the survey looks for what is wrong in it.
-    ///
-    /// - Returns: the bytes of the table that were repaired.
     func countEntries(
         _ host: Int, _ table: IOSlice, _ use: (active: Int, other: Int),
         _ counts: QCOW2ReferenceCounts
-    ) -> Range<Int>? {
+    ) {
         let bytes = UnsafeRawBufferPointer(table.bytes)
         let step = entryBytes
-        var changed: Range<Int>?
         /// Where the next cluster would not be a fragment; per table.
         var next = 0
         var position = 0
@@ -45,16 +42,74 @@ extension QCOW2Check {
             let bitmap: UInt64 = step == 16 ? bytes.bigEndian(at: position + 8) : 0
             let old = Entry(raw: raw, bitmap: bitmap)
             let new = examine(old, "entry \(position / step) of the L2 table at \(host)", use)
-            if new != old, isSurvey, mendsErrors {
-                table.bytes.storeBigEndian(new.raw, at: position)
-                if step == 16 { table.bytes.storeBigEndian(new.bitmap, at: position + 8) }
-                let start = min(changed?.lowerBound ?? position, position)
-                changed = start..<(position + step)
-            }
+            if new != old { hasFaultyEntries = true }
             countOne(new, use, counts, &next)
             position += step
         }
+    }
+
+    /// Calls `body` for each entry that is neither 0 nor what nearly all are.
+    ///
+    /// - Returns: how many are what nearly all are.
+    private func forEachUnusual(
+        _ table: IOSlice, _ body: (_ position: Int, _ entry: Entry) -> Void
+    ) -> Int {
+        let bytes = UnsafeRawBufferPointer(table.bytes)
+        var plainCount = 0
+        var position = 0
+        while position < bytes.count {
+            let raw: UInt64 = bytes.bigEndian(at: position)
+            let run = entryBytes == 8 && raw != 0 ? plainRun(bytes, position, raw) : 0
+            if run > 0 {
+                plainCount += run
+                position += run * 8
+                continue
+            }
+            let bitmap: UInt64 = entryBytes == 16 ? bytes.bigEndian(at: position + 8) : 0
+            if raw != 0 || bitmap != 0 { body(position, Entry(raw: raw, bitmap: bitmap)) }
+            position += entryBytes
+        }
+        return plainCount
+    }
+
+    /// Mends what is wrong in a table.
+    ///
+    /// - Returns: the bytes of the table that changed.
+    func mendEntries(of table: IOSlice) -> Range<Int>? {
+        var changed: Range<Int>?
+        _ = forEachUnusual(table) { position, old in
+            let new = mended(old) { _ in }
+            if new == old { return }
+            table.bytes.storeBigEndian(new.raw, at: position)
+            if entryBytes == 16 { table.bytes.storeBigEndian(new.bitmap, at: position + 8) }
+            changed = (changed?.lowerBound ?? position)..<(position + entryBytes)
+        }
         return changed
+    }
+
+    /// How much a cluster looks like an L2 table: entries in it, but for those that are 0.
+    struct Looks {
+        var soundCount = 0
+        var faultyCount = 0
+        /// Sound, but for leading past the end of a file that may have been cut.
+        var farCount = 0
+    }
+
+    func appraise(_ table: IOSlice) -> Looks {
+        var looks = Looks()
+        // What the file of a full disk would have.
+        let farEnd = max(fileSize, header.size.multiplied(by: 2) ?? .max)
+        let plainCount = forEachUnusual(table) { _, entry in
+            if mended(entry, { _ in }) == entry {
+                looks.soundCount += 1
+            } else if mended(entry, placesEnd: farEnd, { _ in }) == entry {
+                looks.farCount += 1
+            } else {
+                looks.faultyCount += 1
+            }
+        }
+        looks.soundCount += plainCount
+        return looks
     }
 
     /// How many entries from `position` on name data clusters that follow each other, with COPIED
@@ -88,7 +143,7 @@ extension QCOW2Check {
     }
 
     private func noteAllocated(_ run: Int, at offset: Int, _ times: Int, _ next: inout Int) {
-        guard isSurvey, times > 0 else { return }
+        guard reports, times > 0 else { return }
         report.allocatedClusters += run * times
         if next != 0, next != offset { report.fragmentedClusters += times }
         next = offset + run << clusterBits
@@ -100,7 +155,7 @@ extension QCOW2Check {
     ) {
         let l2 = QCOW2.L2Entry(rawValue: entry.raw)
         if l2.isCompressed {
-            if isSurvey {
+            if reports {
                 report.allocatedClusters += use.active
                 report.compressedClusters += use.active
                 report.fragmentedClusters += use.active
@@ -112,7 +167,8 @@ extension QCOW2Check {
                 times: use.active + use.other)
             return
         }
-        if l2.offset == 0 { return }
+        // In a data file, guest cluster 0 is at 0.
+        if l2.offset == 0, !(hasDataFile && l2.isCopied && !isZero(l2)) { return }
         noteAllocated(1, at: l2.offset, use.active, &next)
         guard l2.offset.isAligned(to: geometry.clusterSize) else {
             countUnaligned(l2.offset, use.active + use.other, counts)
@@ -125,6 +181,11 @@ extension QCOW2Check {
             counts.add(first, 1, l2.isCopied ? .copied : .shared, times: use.active)
         }
         if use.other > 0 { counts.add(first, 1, .plain, times: use.other) }
+    }
+
+    /// Bit 0 has its meaning in plain entries of version 3.
+    private func isZero(_ entry: QCOW2.L2Entry) -> Bool {
+        entry.isZero && header.version == 3 && !hasExtendedEntries
     }
 
     /// An entry that stays as it is has bytes in two clusters: neither is a leak.
@@ -151,11 +212,22 @@ extension QCOW2Check {
     private func examine(
         _ entry: Entry, _ name: @autoclosure () -> String, _ use: (active: Int, other: Int)
     ) -> Entry {
-        guard isSurvey else { return entry }
-        var new = entry
-        func wrong(_ text: String) {
-            corruption("\(name()) \(text)", times: use.active + use.other, mended: mendsErrors)
+        guard reports || judges else { return entry }
+        let new = mended(entry) { text in
+            corruption("\(name()) \(text)", times: use.active + use.other, mended: true)
         }
+        return judges ? new : entry
+    }
+
+    /// The entry as a repair leaves it.
+    ///
+    /// - Parameters:
+    ///   - placesEnd: where in the file clusters must begin before; `nil` for where they can.
+    ///   - wrong: gets what is wrong with it.
+    private func mended(
+        _ entry: Entry, placesEnd: Int? = nil, _ wrong: (String) -> Void
+    ) -> Entry {
+        var new = entry
         let l2 = QCOW2.L2Entry(rawValue: entry.raw)
         if l2.isCompressed {
             if l2.isCopied {
@@ -170,7 +242,7 @@ extension QCOW2Check {
                 wrong("is compressed, at a place that the file does not have")
                 new = dropped
             }
-            return mendsErrors ? new : entry
+            return new
         }
         if l2.rawValue & Self.reservedMask != 0 {
             wrong("has reserved bits: \(hex(l2.rawValue))")
@@ -186,7 +258,7 @@ extension QCOW2Check {
             if !l2.offset.isAligned(to: geometry.clusterSize) {
                 wrong("names \(l2.offset), which is no cluster")
                 new = dropped
-            } else if !hasDataFile, l2.offset >= offsetEnd {
+            } else if !hasDataFile, l2.offset >= placesEnd ?? offsetEnd {
                 wrong("names cluster \(l2.offset >> clusterBits), past the end of the file")
                 new = dropped
             }
@@ -194,7 +266,7 @@ extension QCOW2Check {
             // Harmless without a cluster, and not worth a report.
             new.raw &= ~Self.copiedFlag
         }
-        return mendsErrors ? new : entry
+        return new
     }
 
     private func examineSubclusters(_ entry: inout Entry, _ wrong: (String) -> Void) {

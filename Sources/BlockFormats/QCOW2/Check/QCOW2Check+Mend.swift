@@ -4,23 +4,33 @@ import BlockCore
 
 extension QCOW2Check {
     func mend(_ first: Findings) async throws(BlockError) {
-        guard report.checkErrors == 0 else {
-            note("Nothing is repaired while parts of the image cannot be read")
-            report.corruptions += first.lowCount + first.brokenBlockCount
-            report.leaks += first.leakCount
+        guard report.checkErrors == 0, keysAreKnown else {
+            let what =
+                report.checkErrors > 0
+                ? "parts of the image cannot be read"
+                : "it is not known which clusters hold the image's keys"
+            note("Nothing is repaired while \(what)")
+            leave(first)
             return
         }
-        guard mendsErrors else {
+        guard mendsCounts else {
+            stage = .settled
             try await mendLeaks(first)
             return
         }
+        if isOpening, report.corruptions > 0 || !first.excess.isEmpty {
+            leave(first)
+            return
+        }
+        try await mendStructures()
+        tellFaults(isRepaired: true)
         var findings = first
         for _ in 0..<Self.repairRoundsMax where !findings.excess.isEmpty {
             try await drop(findings.excess)
             findings = try await compareAll()
         }
         if findings.l1IsShared { movesL1 = true }
-        if findings.needsRebuild || movesL1 || newSnapshotTable != nil {
+        if findings.needsRebuild || movesL1 || rewritesSnapshotTable {
             note("Rebuilding refcount structure")
             try await rebuild()
         } else if findings.lowCount > 0 || findings.leakCount > 0 {
@@ -35,10 +45,47 @@ extension QCOW2Check {
         try await markClean()
     }
 
+    /// Nothing is repaired.
+    private func leave(_ findings: Findings) {
+        tellFaults(isRepaired: false)
+        report.corruptions += findings.lowCount + findings.brokenBlockCount
+        report.leaks += findings.leakCount
+    }
+
+    /// Writes what the survey decided: it is off the disk before any count falls.
+    private func mendStructures() async throws(BlockError) {
+        try await mendHeader()
+        stage = .mending
+        if hasFaultyEntries {
+            var batch: [UInt64] = []
+            try await forEachL1Entry { table, index, raw, _ throws(BlockError) in
+                guard let entry = self.soundL1Entry(raw, table, index) else { return }
+                batch.append(UInt64(entry.offset))
+                if batch.count >= Self.tableBatchCount {
+                    try await self.mendTables(of: &batch)
+                }
+            }
+            try await mendTables(of: &batch)
+        }
+        stage = .settled
+        try await mendBitmaps()
+        try await file.flush()
+    }
+
+    private func mendTables(of batch: inout [UInt64]) async throws(BlockError) {
+        try await forEachTable(of: &batch) { _, table, _ in self.mendEntries(of: table) }
+    }
+
     private func mendLeaks(_ findings: Findings) async throws(BlockError) {
         report.corruptions += findings.lowCount + findings.brokenBlockCount
-        if findings.leakCount > 0 { try await writeCounts(raises: false) }
-        report.leaksFixed += findings.leakCount
+        // A block that lies over something else is not written.
+        if findings.brokenBlockCount > 0, findings.leakCount > 0 {
+            note("No leaks are repaired while refcount blocks are wrong")
+            report.leaks += findings.leakCount
+        } else if findings.leakCount > 0 {
+            try await writeCounts(raises: false)
+            report.leaksFixed += findings.leakCount
+        }
         // Refcounts can be believed where no reference is wrong: flags follow from them without a guess.
         flagsAreAlone = report.corruptions == 0
         try await forEachWindow(withRefcounts: true) { counts throws(BlockError) in
@@ -109,55 +156,5 @@ extension QCOW2Check {
             }
         }
         try await file.flush()
-    }
-
-    // MARK: Structures that must not be followed as tables
-
-    /// Sorts out where everything but L2 tables and data lies.
-    func collectFixedStructures() {
-        var ranges: [Range<Int>] = []
-        func add(_ offset: Int, _ count: Int) {
-            guard count > 0, let range = ByteRange(checking: offset, count: count) else { return }
-            let first = offset >> clusterBits
-            ranges.append(first..<((range.end - 1) >> clusterBits + 1))
-        }
-        add(0, geometry.clusterSize)
-        add(header.l1Offset, header.l1EntryCount * 8)
-        add(header.refcountTableOffset, header.refcountTableClusters << clusterBits)
-        add(header.snapshotsOffset, header.snapshotCount > 0 ? max(snapshotTableBytes, 1) : 0)
-        for snapshot in snapshots { add(snapshot.l1Offset, snapshot.l1EntryCount * 8) }
-        for index in refcountTable.indices {
-            if let block = refcountBlock(index) { add(block, geometry.clusterSize) }
-        }
-        for place in bitmaps.structures { add(place.offset, place.count) }
-        fixedStructures = ranges.sorted { $0.lowerBound < $1.lowerBound }
-        // So that a search finds the one range that can contain a cluster.
-        var joined: [Range<Int>] = []
-        for range in fixedStructures {
-            if let last = joined.last, last.upperBound > range.lowerBound {
-                let end = max(last.upperBound, range.upperBound)
-                joined[joined.count - 1] = last.lowerBound..<end
-            } else {
-                joined.append(range)
-            }
-        }
-        fixedStructures = joined
-    }
-
-    func fixedStructure(at cluster: Int) -> Range<Int>? {
-        var low = 0
-        var high = fixedStructures.count
-        while low < high {
-            let middle = (low + high) / 2
-            if fixedStructures[middle].upperBound <= cluster {
-                low = middle + 1
-            } else {
-                high = middle
-            }
-        }
-        guard low < fixedStructures.count, fixedStructures[low].contains(cluster) else {
-            return nil
-        }
-        return fixedStructures[low]
     }
 }

@@ -56,7 +56,7 @@ extension QCOW2Check {
         header.refcountTableClusters = layout.tableClusters
         if movesL1 { header.l1Offset = layout.l1 << clusterBits }
         if let newSnapshotTable {
-            header.snapshotCount = newSnapshotCount
+            header.snapshotCount = snapshots.count
             header.snapshotsOffset =
                 newSnapshotTable.isEmpty ? 0 : layout.snapshotTable << clusterBits
             snapshotTableBytes = newSnapshotTable.count
@@ -65,7 +65,7 @@ extension QCOW2Check {
         try await patchHeader()
         refcountTable = table
         movesL1 = false
-        newSnapshotTable = nil
+        rewritesSnapshotTable = false
         usedEnd = layout.end
         fileSize = file.size
     }

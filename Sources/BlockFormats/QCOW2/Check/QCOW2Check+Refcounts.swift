@@ -74,16 +74,13 @@ extension QCOW2Check {
 
     /// Structures that are written in place and share clusters with something else.
     func noteShared(_ counts: QCOW2ReferenceCounts, _ findings: inout Findings) {
-        guard mendsErrors else { return }
-        func isShared(_ offset: Int, _ clusters: Int) -> Bool {
-            let first = offset >> clusterBits
-            return (first..<(first + clusters)).clamped(to: counts.window)
-                .contains { counts.count(of: $0) > 1 }
-        }
-        if !movesL1, isShared(header.l1Offset, l1ClusterCount) { findings.l1IsShared = true }
-        if isShared(header.refcountTableOffset, header.refcountTableClusters) {
+        guard mendsCounts else { return }
+        let bytes = header.refcountTableClusters << clusterBits
+        if isShared(clusters(header.refcountTableOffset, bytes), counts) {
             findings.needsRebuild = true
         }
+        let l1 = clusters(header.l1Offset, header.l1EntryCount * 8)
+        if !movesL1, isShared(l1, counts) { findings.l1IsShared = true }
     }
 
     /// Clusters that no refcount block counts: nothing may use them.
@@ -127,7 +124,7 @@ extension QCOW2Check {
         if findings.stored.count < Self.rememberedMax { findings.stored[cluster] = stored }
         if stored > count { findings.leakCount += 1 } else { findings.lowCount += 1 }
         guard !isComparedOnce else { return }
-        let mends = stored > count ? repair.contains(.leaks) : mendsErrors
+        let mends = stored > count ? repair.contains(.leaks) : mendsCounts
         let word = mends ? "Repairing" : stored > count ? "Leaked" : "ERROR"
         note("\(word) cluster \(cluster) refcount=\(stored) reference=\(count)")
     }

@@ -9,7 +9,8 @@ extension QCOW2Check {
     ) async throws(BlockError) {
         counts.add(0, 1, .plain)
         if !movesL1 {
-            let isThere = region(header.l1Offset, header.l1EntryCount * 8, "the L1 table", counts)
+            let isThere = region(
+                header.l1Offset, header.l1EntryCount * 8, "the L1 table", counts, mended: true)
             if !isThere, mendsErrors { movesL1 = true }
         }
         for snapshot in snapshots {
@@ -17,7 +18,7 @@ extension QCOW2Check {
                 snapshot.l1Offset, snapshot.l1EntryCount * 8,
                 "the L1 table of snapshot '\(snapshot.name)'", counts)
         }
-        if newSnapshotTable == nil, header.snapshotCount > 0 {
+        if !rewritesSnapshotTable, header.snapshotCount > 0 {
             region(header.snapshotsOffset, snapshotTableBytes, "the snapshot table", counts)
         }
         countEncryptionHeader(counts)
@@ -28,17 +29,18 @@ extension QCOW2Check {
 
     /// Counts the clusters of a structure.
     ///
+    /// - Parameter mended: a repair gives it another place, where the file ends within it.
     /// - Returns: whether it lies within the file: its last cluster may be there in part.
     @discardableResult
     func region(
         _ offset: Int, _ count: Int, _ name: @autoclosure () -> String,
-        _ counts: QCOW2ReferenceCounts
+        _ counts: QCOW2ReferenceCounts, mended: Bool = false
     ) -> Bool {
         if count == 0 { return true }
-        guard let range = ByteRange(checking: offset, count: count),
-            range.end - fileSize < geometry.clusterSize
-        else {
-            corruption("\(name()), \(count) bytes at \(offset), lies past the end of the file")
+        guard let range = ByteRange(checking: offset, count: count), isInFile(range) else {
+            corruption(
+                "\(name()), \(count) bytes at \(offset), lies past the end of the file",
+                mended: mended)
             return false
         }
         let first = offset >> clusterBits
@@ -46,36 +48,19 @@ extension QCOW2Check {
         return true
     }
 
-    private func countEncryptionHeader(_ counts: QCOW2ReferenceCounts) {
-        guard header.encryptionMethod == 2 else { return }
-        guard
-            let data = header.extensions.first(where: {
-                $0.type == QCOW2.HeaderExtension.encryptionHeader
-            })?.data, data.count >= 16
-        else {
-            // The keys are lost: nothing that a repair could mend.
-            corruption("the image is encrypted, and the encryption header has no place")
-            return
-        }
-        let place = data.withUnsafeBytes { bytes in
-            ByteRange(
-                checking: bytes.bigEndian(at: 0, as: UInt64.self),
-                count: bytes.bigEndian(at: 8, as: UInt64.self))
-        }
-        guard let place else {
-            corruption("the encryption header has no place that a file has")
-            return
-        }
-        if !place.offset.isAligned(to: geometry.clusterSize) {
-            corruption("the encryption header is at \(place.offset), which is no cluster")
-        }
-        region(place.offset, place.count, "the encryption header", counts)
-    }
+    /// Its last cluster may be there in part.
+    func isInFile(_ range: ByteRange) -> Bool { range.end - fileSize < geometry.clusterSize }
 
     private func countRefcountStructures(_ counts: QCOW2ReferenceCounts) {
-        region(
-            header.refcountTableOffset, header.refcountTableClusters << clusterBits,
-            "the refcount table", counts)
+        let bytes = header.refcountTableClusters << clusterBits
+        let place = ByteRange(checking: header.refcountTableOffset, count: bytes)
+        let isThere = place.map(isInFile) ?? false
+        if !isThere, mendsCounts { mustRebuild = true }
+        // Opening mends it, as it does all counts.
+        if isThere || !isOpening {
+            region(
+                header.refcountTableOffset, bytes, "the refcount table", counts, mended: true)
+        }
         for index in refcountTable.indices {
             if let block = refcountBlock(index) { counts.add(block >> clusterBits, 1, .plain) }
         }
@@ -93,7 +78,7 @@ extension QCOW2Check {
     // MARK: L1 tables
 
     /// L2 tables to look at: their offsets, with bit 0 set for those of the active L1 table.
-    private static let batchCount = 1 << 20
+    static let tableBatchCount = 1 << 20
     private static let l1ChunkBytes = 256 << 10
 
     private func countTables(_ counts: QCOW2ReferenceCounts) async throws(BlockError) {
@@ -106,7 +91,7 @@ extension QCOW2Check {
                 !isActive ? .plain : entry.isCopied ? .copied : .shared
             counts.add(entry.offset >> self.clusterBits, 1, reference)
             batch.append(UInt64(entry.offset) | (isActive ? 1 : 0))
-            if batch.count >= Self.batchCount {
+            if batch.count >= Self.tableBatchCount {
                 try await self.countEntries(of: &batch, counts)
             }
         }
@@ -116,7 +101,7 @@ extension QCOW2Check {
     /// Reads the active L1 table (number -1) and those of snapshots, an entry that is not 0 at a
     /// time.
     ///
-    /// - Parameter body: may change the entry, which is then written.
+    /// - Parameter body: may change the entry, which is then written, unless this is the survey.
     func forEachL1Entry(
         _ body: (Int, Int, UInt64, inout UInt64) async throws(BlockError) -> Void
     ) async throws(BlockError) {
@@ -147,9 +132,9 @@ extension QCOW2Check {
                 let raw: UInt64 = UnsafeRawBufferPointer(bytes).bigEndian(at: index * 8)
                 if raw == 0 { continue }
                 let position = number * Self.l1ChunkBytes / 8 + index
-                var changed = self.mendedL1Entry(raw, table, position)
+                var changed = self.judgedL1Entry(raw, table, position)
                 try await body(table, position, changed, &changed)
-                if changed != raw {
+                if changed != raw, self.stage != .survey {
                     bytes.storeBigEndian(changed, at: index * 8)
                     try await self.writeBack(
                         memory, at: offset + number * Self.l1ChunkBytes,
@@ -161,25 +146,37 @@ extension QCOW2Check {
 
     private static let l1ReservedMask: UInt64 = 0x7f00_0000_0000_01ff
 
-    /// The entry as a repair makes it, once: 0 where it has to go. Without a repair, the entry.
+    /// The entry as a repair leaves it: 0 where it has to go. Without a repair, the entry.
+    private func judgedL1Entry(_ raw: UInt64, _ table: Int, _ index: Int) -> UInt64 {
+        guard judges else { return raw }
+        let entry = mendedL1Entry(raw, table, index)
+        if entry != raw {
+            hasFaultyEntries = true
+            if table >= 0 { faultySnapshots.insert(table) }
+        }
+        return entry
+    }
+
     private func mendedL1Entry(_ raw: UInt64, _ table: Int, _ index: Int) -> UInt64 {
-        guard isSurvey, mendsErrors else { return raw }
         var entry = raw
         if entry & Self.l1ReservedMask != 0 {
             corruption("entry \(index) of the L1 table has reserved bits", mended: true)
             entry &= ~Self.l1ReservedMask
         }
         let offset = QCOW2.L1Entry(rawValue: entry).offset
-        if offset == 0 { return entry & ~QCOW2.L1Entry.copiedFlag }
+        if offset == 0 {
+            // Harmless; in a snapshot the flag has no meaning.
+            return table < 0 ? entry & ~QCOW2.L1Entry.copiedFlag : entry
+        }
         if let fault = l1Fault(offset) {
             corruption("entry \(index) of the L1 table is dropped: \(fault)", mended: true)
             return 0
         }
-        if let structure = fixedStructure(at: offset >> clusterBits) {
+        let cluster = offset >> clusterBits
+        if distrusted.contains(cluster) || vital.contains(where: { $0.contains(cluster) }) {
             corruption(
-                "entry \(index) of the L1 table is dropped: it names cluster "
-                    + "\(offset >> clusterBits), which belongs to the structure at cluster "
-                    + "\(structure.lowerBound)", mended: true)
+                "entry \(index) of the L1 table is dropped: it names cluster \(cluster), which "
+                    + "holds something else", mended: true)
             return 0
         }
         return entry
@@ -250,7 +247,7 @@ extension QCOW2Check {
     /// Reads the tables of `batch`, each once.
     ///
     /// - Parameter body: gets a table's place, its memory and its uses; returns the bytes that it
-    ///   changed, which are then written.
+    ///   changed, which are then written, unless this is the survey.
     func forEachTable(
         of batch: inout [UInt64],
         _ body: (Int, IOSlice, (active: Int, other: Int)) -> Range<Int>?
@@ -269,7 +266,7 @@ extension QCOW2Check {
             for (index, use) in run.uses.enumerated() {
                 let table = memory.slice(index * size, size)
                 let host = run.offset + index * size
-                if let changed = body(host, table, use) {
+                if let changed = body(host, table, use), self.stage != .survey {
                     try await self.writeBack(table, at: host, changed)
                 }
             }
@@ -281,6 +278,7 @@ extension QCOW2Check {
     ) async throws(BlockError) {
         try await forEachTable(of: &batch) { host, table, use in
             self.countEntries(host, table, use, counts)
+            return nil
         }
     }
 }

@@ -18,34 +18,36 @@ extension QCOW2Check {
         var position = 0
     }
 
-    /// Reads the snapshot table and finds what is wrong in it. With repair, entries that lead nowhere
-    /// are dropped and incomplete ones completed, in a new table.
+    /// Reads the snapshot table and finds what is wrong in it. A repair leaves out entries that lead
+    /// nowhere, and completes incomplete ones, in a new table.
     func readSnapshots() async throws(BlockError) {
         guard header.snapshotCount > 0 else { return }
         var source = Source()
-        var kept: [UInt8] = []
-        var keptCount = 0
-        var isChanged = false
         for number in 0..<header.snapshotCount {
             guard let raw = try await nextSnapshot(&source) else {
                 corruption(
                     "the snapshot table ends within entry \(number) of \(header.snapshotCount)",
-                    mended: mendsErrors)
-                isChanged = true
+                    mended: true)
+                rewritesSnapshotTable = mendsErrors
                 break
             }
             snapshotTableBytes = source.position
-            guard let entry = checkedSnapshot(raw, number) else {
-                isChanged = true
+            guard let snapshot = checkedSnapshot(raw) else {
+                rewritesSnapshotTable = mendsErrors
                 continue
             }
-            if entry != raw { isChanged = true }
-            if mendsErrors { kept += entry + [UInt8](repeating: 0, count: -entry.count & 7) }
-            keptCount += 1
+            snapshots.append(snapshot)
+            if mendsErrors, snapshot.entry != raw { rewritesSnapshotTable = true }
         }
-        guard isChanged, mendsErrors else { return }
-        newSnapshotTable = kept
-        newSnapshotCount = keptCount
+    }
+
+    /// What the snapshot table is to become; `nil` while it stays.
+    var newSnapshotTable: [UInt8]? {
+        guard rewritesSnapshotTable else { return nil }
+        return snapshots.reduce(into: []) { table, snapshot in
+            table += snapshot.entry
+            table += [UInt8](repeating: 0, count: -snapshot.entry.count & 7)
+        }
     }
 
     /// The bytes of the next entry; `nil` where the table or the file ends.
@@ -80,51 +82,99 @@ extension QCOW2Check {
         return true
     }
 
-    /// Notes a snapshot.
-    ///
-    /// - Returns: its entry as it should be; `nil` where it has to go.
-    private func checkedSnapshot(_ raw: [UInt8], _ number: Int) -> [UInt8]? {
-        let (offset, entries, idLength, nameLength, extraLength) = raw.withUnsafeBytes { bytes in
-            (
-                bytes.bigEndian(at: 0, as: UInt64.self),
-                Int(bytes.bigEndian(at: 8, as: UInt32.self)),
-                Int(bytes.bigEndian(at: 12, as: UInt16.self)),
-                Int(bytes.bigEndian(at: 14, as: UInt16.self)),
-                Int(bytes.bigEndian(at: 36, as: UInt32.self))
-            )
+    /// The fields of an entry that a check looks at.
+    private struct Fields {
+        let l1Offset: UInt64
+        let entryCount: Int
+        let idLength: Int
+        let nameLength: Int
+        let extraLength: Int
+        let diskSize: Int
+        let stateSize: Int
+
+        init(_ raw: [UInt8], diskSize size: Int) {
+            (l1Offset, entryCount, idLength, nameLength, extraLength) = raw.withUnsafeBytes {
+                (
+                    $0.bigEndian(at: 0, as: UInt64.self),
+                    Int($0.bigEndian(at: 8, as: UInt32.self)),
+                    Int($0.bigEndian(at: 12, as: UInt16.self)),
+                    Int($0.bigEndian(at: 14, as: UInt16.self)),
+                    Int($0.bigEndian(at: 36, as: UInt32.self))
+                )
+            }
+            let length = extraLength
+            (stateSize, diskSize) = raw.withUnsafeBytes {
+                (
+                    length < 8
+                        ? Int($0.bigEndian(at: 32, as: UInt32.self))
+                        : Int(clamping: $0.bigEndian(at: QCOW2Check.fixedBytes, as: UInt64.self)),
+                    length < QCOW2Check.extraBytesMin
+                        ? size
+                        : Int(
+                            clamping: $0.bigEndian(at: QCOW2Check.fixedBytes + 8, as: UInt64.self))
+                )
+            }
         }
-        let extraEnd = Self.fixedBytes + extraLength
-        let name = Self.printable(raw[(extraEnd + idLength)..<(extraEnd + idLength + nameLength)])
+
+        /// What lies behind the table's end looks so.
+        var isEmpty: Bool {
+            l1Offset == 0 && entryCount == 0 && idLength == 0 && nameLength == 0
+        }
+
+        /// The L1 entries of the disk, and of the state of its machine behind it.
+        func neededEntryCount(_ geometry: QCOW2.Geometry) -> Int {
+            let coverage = geometry.l2CoverageBits
+            return geometry.l1EntryCount(for: diskSize)
+                + (stateSize == 0 ? 0 : (stateSize - 1) >> coverage + 1)
+        }
+    }
+
+    /// - Returns: the snapshot as it should be; `nil` where it has to go.
+    private func checkedSnapshot(_ raw: [UInt8]) -> Snapshot? {
+        let fields = Fields(raw, diskSize: header.size)
+        let extraLength = fields.extraLength
+        let nameStart = Self.fixedBytes + extraLength + fields.idLength
+        let name = Self.printable(raw[nameStart..<(nameStart + fields.nameLength)])
+        if mendsErrors, fields.isEmpty {
+            corruption("an entry of the snapshot table is empty", mended: true)
+            return nil
+        }
+        let needed = fields.neededEntryCount(geometry)
+        // What is said beyond that may be wrong alone.
+        let entries = mendsErrors ? min(fields.entryCount, needed) : fields.entryCount
         guard entries <= QCOW2.Limit.l1TableBytesMax / 8,
-            let place = ByteRange(checking: offset, count: entries * 8),
+            let place = ByteRange(checking: fields.l1Offset, count: entries * 8),
             place.offset.isAligned(to: geometry.clusterSize), place.offset > 0 || entries == 0,
             !mendsErrors || isFree(place)
         else {
             corruption(
-                "snapshot '\(name)' has an L1 table of \(entries) entries at \(offset), where none "
-                    + "can be", mended: mendsErrors)
+                "snapshot '\(name)' has an L1 table of \(fields.entryCount) entries at "
+                    + "\(fields.l1Offset), where none can be", mended: true)
             return nil
         }
-        snapshots.append(
-            Snapshot(name: name, l1Offset: place.offset, l1EntryCount: entries))
+        var snapshot = Snapshot(
+            name: name, l1Offset: place.offset, l1EntryCount: fields.entryCount,
+            neededEntryCount: needed, entry: mendsErrors ? raw : [])
         var wanted = extraLength
         if header.version == 3, extraLength < Self.extraBytesMin {
-            corruption("snapshot '\(name)' does not tell its disk's size", mended: mendsErrors)
+            corruption("snapshot '\(name)' does not tell its disk's size", mended: true)
             wanted = Self.extraBytesMin
         } else if extraLength > Self.extraBytesMax {
             corruption(
-                "snapshot '\(name)' has \(extraLength) bytes of extra data", mended: mendsErrors)
+                "snapshot '\(name)' has \(extraLength) bytes of extra data", mended: true)
             wanted = Self.extraBytesMax
         }
-        return wanted == extraLength ? raw : resized(raw, extraLength, to: wanted)
+        if mendsErrors, wanted != extraLength {
+            snapshot.entry = resized(raw, extraLength, to: wanted)
+        }
+        return snapshot
     }
 
-    /// Whether a repair can take an L1 table for one: it is in the file, and in no other structure.
+    /// Whether a repair can take an L1 table for one: it is in the file, and in nothing else for certain.
     private func isFree(_ place: ByteRange) -> Bool {
         if place.isEmpty { return true }
-        let clusters = place.offset >> clusterBits..<((place.end - 1) >> clusterBits + 1)
-        return place.end - fileSize < geometry.clusterSize
-            && !fixedStructures.contains { $0.overlaps(clusters) }
+        let clusters = clusters(place.offset, place.count)
+        return isInFile(place) && !vital.contains { $0.overlaps(clusters) }
     }
 
     /// The entry with another length of extra data.

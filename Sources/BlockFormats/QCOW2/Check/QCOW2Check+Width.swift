@@ -28,8 +28,10 @@ extension QCOW2Check {
     private func changeWidth() async throws(BlockError) {
         refcountTable = try await table(
             header.refcountTableOffset, header.refcountTableClusters << (clusterBits - 3))
+        try await findEncryptionHeader()
         try await readSnapshots()
         try await readBitmaps()
+        try await survey()
         // With the old refcounts: their place is taken until the header has changed.
         try await forEachWindow(withRefcounts: true) { counts throws(BlockError) in
             try self.checkWidth(counts)

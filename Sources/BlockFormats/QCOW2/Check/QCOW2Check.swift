@@ -7,13 +7,19 @@ import BlockIO
 ///
 /// ```
 /// survey    every table is read once, several reads in flight; what is wrong in itself is found:
-///           misplaced entries, reserved bits, what lies past the end. With repair it is mended or
-///           dropped at once, which leaks at worst
+///           misplaced entries, reserved bits, what lies past the end. With repair, clusters that are
+///           claimed for two things are found too, and references count as the repair will leave them
 /// compare   stored refcounts against the references
 /// flags     entries' COPIED flags against the refcounts; only where something gave reason to look
-/// mend      counts are written in place, or, where the refcounts' own structures are broken, new
-///           ones are written beside the old and the header switches over; then flags; then the
-///           dirty and corrupt bits go
+/// mend      what is wrong in tables is mended or dropped, which leaks at worst; counts are written in
+///           place, or, where the refcounts' own structures are broken, new ones are written beside
+///           the old and the header switches over; then flags; then the dirty and corrupt bits go
+/// ```
+/// What is believed, where two claims contradict each other, the first most:
+/// ```
+/// 1 the header, as far as the disk needs it, and the encryption header
+/// 2 the active L1 table, its L2 tables, their data
+/// 3 snapshots      4 dirty bitmaps      5 refcounts, and lengths beyond what the disk needs
 /// ```
 /// Invariants:
 /// 1. Memory is bounded: references are counted for a window of clusters at a time (see
@@ -21,9 +27,12 @@ import BlockIO
 /// 2. An entry that is dropped is off the disk before a count falls; a count is on disk before a
 ///    flag relies on it; new structures are on disk before the header names them. A crash leaves the
 ///    image no worse than it was.
-/// 3. A table is mended in place only where nothing else of the image lies: what an entry of the L1
-///    table names inside of another structure is dropped, not followed.
-/// 4. Nothing is repaired while a part of the image cannot be read.
+/// 3. No claim of a lower rank takes anything from one of a higher: an active entry is dropped for what
+///    is wrong in itself alone. What is used as data is never mended as a table: a table that something
+///    else names too is mended in place only if the active L1 table names it and it looks like one (see
+///    `QCOW2Check+Conflicts.swift`).
+/// 4. Nothing is repaired while a part of the image cannot be read, or while it is not known which
+///    clusters hold its keys: until all is looked at, nothing is written.
 ///
 /// The image is open for nothing else meanwhile. Confined to the graph's thread.
 final class QCOW2Check {
@@ -51,13 +60,38 @@ final class QCOW2Check {
         var name: String
         var l1Offset: Int
         var l1EntryCount: Int
+        /// The entries that its disk and the state of its machine take.
+        var neededEntryCount: Int
+        /// Its entry of the snapshot table as it should be; empty where nothing is repaired.
+        var entry: [UInt8]
     }
 
     /// Where persistent dirty bitmaps are.
     struct Bitmaps {
+        /// `nil` where there are none.
         var directory: ByteRange?
-        var tables: [ByteRange] = []
-        var structures: [ByteRange] { tables + (directory.map { [$0] } ?? []) }
+        var entries: [QCOW2.BitmapEntry] = []
+        /// Broken ones are left out: the directory has to be written anew, or to go.
+        var isChanged = false
+    }
+
+    /// What becomes of entries that are wrong.
+    enum Stage {
+        /// They are found, and count as they will be. Nothing is written.
+        case survey
+        /// They are mended or dropped.
+        case mending
+        /// They are as they stay.
+        case settled
+    }
+
+    /// What a repair found, until it is known whether it can be mended.
+    struct Faults {
+        var lines: [(text: String, isMended: Bool)] = []
+        var mendedCount = 0
+        /// How often those count in an image that is not repaired.
+        var mendedTimes = 0
+        var otherTimes = 0
     }
 
     static let noticeCountMax = 10_000
@@ -69,6 +103,8 @@ final class QCOW2Check {
     let thread: IOThread
     let geometry: QCOW2.Geometry
     let repair: CheckRepair
+    /// For an image that is being opened: counts and flags are mended, and nothing is dropped.
+    let isOpening: Bool
     private let notice: CheckNotice
     private var noticesLeft = QCOW2Check.noticeCountMax
 
@@ -79,24 +115,49 @@ final class QCOW2Check {
     var refcountTable: [UInt64] = []
     var snapshots: [Snapshot] = []
     var snapshotTableBytes = 0
-    /// What the snapshot table is to become; `nil` while it stays.
-    var newSnapshotTable: [UInt8]?
-    var newSnapshotCount = 0
-    /// The bitmaps' directory and tables, as far as they are sound.
+    /// The snapshot table is written anew, with ``snapshots``.
+    var rewritesSnapshotTable = false
+    /// As far as they are sound.
     var bitmaps = Bitmaps()
+    /// Where the encryption header is.
+    var encryptionPlace: ByteRange?
+    /// Which clusters hold the keys, if there are any.
+    var keysAreKnown = true
+    /// Whoever opens the image says where its data file is.
+    var dataFileIsGiven = false
+    /// Where the end marker of the header extensions has a length that is out of bounds.
+    var wrongEndMarker: Int?
+    /// Header fields are to be written.
+    var headerIsWrong = false
     /// The L1 table has to move.
     var movesL1 = false
     /// Entries for clusters of a data file lack the COPIED flag.
     var suspectsDataFlags = false
-    /// Ranges of clusters that hold structures other than L2 tables, in order; for repairs.
-    var fixedStructures: [Range<Int>] = []
+    /// The refcounts' own structures cannot stay where they are.
+    var mustRebuild = false
+    /// Clusters that cannot be anything else, whoever claims them: the header, the active L1 table as
+    /// far as the disk needs it, the encryption header.
+    var vital: [Range<Int>] = []
+    /// Clusters that an L1 table names as L2 tables, and that are something else.
+    var distrusted = Set<Int>()
+    /// Entries of tables are to be mended.
+    var hasFaultyEntries = false
+    /// Numbers of snapshots whose L1 tables have such entries.
+    var faultySnapshots = Set<Int>()
 
     /// Called before the header names new refcounts.
     var willSwitch: () -> Void = {}
 
     var report = CheckReport()
-    /// The first pass over the tables reports, counts clusters, and repairs.
-    var isSurvey = true
+    var stage = Stage.survey
+    /// What is found is told, and clusters are counted: not when the tables are read again.
+    var reports = true
+    /// Of the survey, which may have to begin again.
+    private var isSurveying = false
+    private var faults = Faults()
+    private var surveyFaults = Faults()
+    /// The references of the first window, as the survey counted them.
+    private var surveyed: QCOW2ReferenceCounts?
     /// Later comparisons, after a repair, say nothing.
     var isComparedOnce = false
     /// One past the highest cluster that is counted or referred to.
@@ -107,21 +168,25 @@ final class QCOW2Check {
 
     init(
         _ file: Edge, _ header: QCOW2.Header, thread: IOThread, repair: CheckRepair,
-        notice: @escaping CheckNotice
+        isOpening: Bool = false, notice: @escaping CheckNotice
     ) {
         self.file = file
         self.header = header
         self.thread = thread
         self.repair = repair
+        self.isOpening = isOpening
         self.notice = notice
         geometry = header.geometry
         fileSize = file.size
     }
 
     var clusterBits: Int { geometry.clusterBits }
-    var mendsErrors: Bool { repair.contains(.errors) }
+    var mendsErrors: Bool { mendsCounts && !isOpening }
+    var mendsCounts: Bool { repair.contains(.errors) }
     /// Flags that follow from refcounts are set right with these.
-    var mendsFlags: Bool { mendsErrors || flagsAreAlone }
+    var mendsFlags: Bool { mendsCounts || flagsAreAlone }
+    /// Entries that are wrong count as a repair leaves them.
+    var judges: Bool { mendsErrors && stage != .settled }
     var hasExtendedEntries: Bool { header.incompatible.contains(.extendedL2) }
     var hasDataFile: Bool { header.incompatible.contains(.externalData) }
     /// Bytes of one entry of an L2 table.
@@ -143,11 +208,13 @@ final class QCOW2Check {
         report.totalClusters = geometry.clusterCount(for: header.size)
         refcountTable = try await table(
             header.refcountTableOffset, header.refcountTableClusters << (clusterBits - 3))
-        if mendsErrors { collectFixedStructures() }
+        try await findEncryptionHeader()
+        collectVital()
         try await checkFeatures()
         try await readSnapshots()
         try await readBitmaps()
-        if mendsErrors { collectFixedStructures() }
+        if mendsErrors { try await shortenClaims() }
+        try await survey()
         let findings = try await compareAll()
         if repair.isEmpty {
             report.corruptions += findings.lowCount + findings.brokenBlockCount
@@ -159,29 +226,10 @@ final class QCOW2Check {
         return report
     }
 
-    /// Fields that make no sense beside another.
-    private func checkFeatures() async throws(BlockError) {
-        var isWrong = false
-        if header.autoclear.contains(.rawExternalData), !hasDataFile {
-            corruption(
-                "an external data file is said to be raw, and there is none", mended: mendsErrors)
-            header.autoclear.remove(.rawExternalData)
-            isWrong = true
-        }
-        // Nobody reads a table of no snapshots; but readers look at where it is said to be.
-        let start = try await read(0, 512)
-        let table: UInt64 = UnsafeRawBufferPointer(start.bytes).bigEndian(at: 64)
-        let isPlace = table >> 63 == 0 && Int(table).isAligned(to: geometry.clusterSize)
-        if header.snapshotCount == 0, !isPlace {
-            corruption("the table of no snapshots is at \(table)", mended: mendsErrors)
-            isWrong = true
-        }
-        if isWrong, mendsErrors { try await patchHeader() }
-    }
-
     /// Counts and compares, one window after the other.
     func compareAll() async throws(BlockError) -> Findings {
         var findings = Findings()
+        findings.needsRebuild = mustRebuild
         usedEnd = 0
         try await forEachWindow(withRefcounts: true) { counts throws(BlockError) in
             self.noteShared(counts, &findings)
@@ -203,19 +251,58 @@ final class QCOW2Check {
     ) async throws(BlockError) {
         var start = 0
         while true {
-            let counts = QCOW2ReferenceCounts(from: start)
-            let end = counts.window.upperBound
-            try await countAll(counts, withRefcounts: withRefcounts)
-            highestReferenced = max(highestReferenced, counts.highest)
-            if isSurvey {
-                isSurvey = false
-                // What was dropped is off the disk before any count falls.
-                if mendsErrors { try await file.flush() }
+            let counts: QCOW2ReferenceCounts
+            if let surveyed, start == 0, withRefcounts {
+                counts = surveyed
+            } else {
+                counts = QCOW2ReferenceCounts(from: start)
+                try await countAll(counts, withRefcounts: withRefcounts)
+                highestReferenced = max(highestReferenced, counts.highest)
             }
+            surveyed = nil
             try await body(counts)
-            if counts.window.upperBound == end { return }
+            if counts.isLast { return }
             start = counts.window.upperBound
         }
+    }
+
+    // MARK: Survey
+
+    /// Looks at every table, and finds out which of them a repair can believe.
+    func survey() async throws(BlockError) {
+        let before = report
+        while try await !surveyOnce(), report.checkErrors == 0 {
+            // From the beginning, without what turned out to be none of the image's.
+            report = before
+        }
+        isSurveying = false
+        reports = false
+    }
+
+    /// - Returns: whether what was counted will stay.
+    private func surveyOnce() async throws(BlockError) -> Bool {
+        surveyFaults = Faults()
+        hasFaultyEntries = false
+        faultySnapshots = []
+        highestReferenced = -1
+        isSurveying = true
+        reports = true
+        var conflicts = Conflicts()
+        var start = 0
+        while true {
+            let counts = QCOW2ReferenceCounts(from: start)
+            try await countAll(counts, withRefcounts: true)
+            reports = false
+            highestReferenced = max(highestReferenced, counts.highest)
+            if start == 0, counts.isLast || !mendsCounts { surveyed = counts }
+            if !mendsCounts || report.checkErrors > 0 { return true }
+            try await findConflicts(counts, &conflicts)
+            if counts.isLast { break }
+            start = counts.window.upperBound
+        }
+        let isSettled = try await !settle(conflicts)
+        if !isSettled { surveyed = nil }
+        return isSettled
     }
 
     // MARK: Reporting
@@ -226,16 +313,53 @@ final class QCOW2Check {
         notice(noticesLeft == 0 ? "There is more: no further details are shown" : text())
     }
 
-    /// Something is wrong; `mended` says that it is not any more.
+    /// Something is wrong; `mended` says that a repair can mend it.
     func corruption(_ text: @autoclosure () -> String, times: Int = 1, mended: Bool = false) {
-        guard isSurvey else { return }
-        if mended {
-            note("Repaired: " + text())
-            report.corruptionsFixed += 1
+        guard reports else { return }
+        if mendsErrors {
+            if isSurveying {
+                Self.add(text(), times, mended, to: &surveyFaults)
+            } else {
+                Self.add(text(), times, mended, to: &faults)
+            }
         } else {
             note("ERROR: " + text())
             report.corruptions += times
         }
+    }
+
+    /// Something is wrong that is told whatever the survey comes to.
+    func lastingFault(_ text: String, mended: Bool = true) {
+        Self.add(text, 1, mended, to: &faults)
+    }
+
+    private static func add(
+        _ text: @autoclosure () -> String, _ times: Int, _ mended: Bool, to faults: inout Faults
+    ) {
+        if faults.lines.count < noticeCountMax { faults.lines.append((text(), mended)) }
+        if mended {
+            faults.mendedCount += 1
+            faults.mendedTimes += times
+        } else {
+            faults.otherTimes += times
+        }
+    }
+
+    /// Tells what was found; with `isRepaired`, that what can be mended is.
+    func tellFaults(isRepaired: Bool) {
+        for found in [faults, surveyFaults] {
+            for line in found.lines {
+                note((isRepaired && line.isMended ? "Repaired: " : "ERROR: ") + line.text)
+            }
+            report.corruptions += found.otherTimes
+            if isRepaired {
+                report.corruptionsFixed += found.mendedCount
+            } else {
+                report.corruptions += found.mendedTimes
+            }
+        }
+        faults = Faults()
+        surveyFaults = Faults()
     }
 
     /// A name from the image, as it can be shown: a terminal obeys control characters.
@@ -249,7 +373,7 @@ final class QCOW2Check {
     }
 
     func failure(_ what: @autoclosure () -> String, _ error: BlockError) {
-        guard isSurvey else { return }
+        guard reports else { return }
         note("ERROR: cannot read \(what()): \(error.message)")
         report.checkErrors += 1
     }
@@ -354,23 +478,5 @@ final class QCOW2Check {
                 "the repair needs \(end) bytes, '\(file.node.name)' has \(file.size) and "
                     + "cannot grow", remedy: "give it a larger device")
         }
-    }
-
-    /// Changes the header's fields on disk to what `header` has, leaving all else as it is.
-    func patchHeader() async throws(BlockError) {
-        let start = try await read(0, 512)
-        start.bytes.storeBigEndian(UInt32(header.l1EntryCount), at: 36)
-        start.bytes.storeBigEndian(UInt64(header.l1Offset), at: 40)
-        start.bytes.storeBigEndian(UInt64(header.refcountTableOffset), at: 48)
-        start.bytes.storeBigEndian(UInt32(header.refcountTableClusters), at: 56)
-        start.bytes.storeBigEndian(UInt32(header.snapshotCount), at: 60)
-        start.bytes.storeBigEndian(UInt64(header.snapshotsOffset), at: 64)
-        if header.version == 3 {
-            start.bytes.storeBigEndian(header.incompatible.rawValue, at: 72)
-            start.bytes.storeBigEndian(header.autoclear.rawValue, at: 88)
-            start.bytes.storeBigEndian(UInt32(header.refcountOrder), at: 96)
-        }
-        try await file.write(0, from: IOVector(start))
-        try await file.flush()
     }
 }

@@ -6,6 +6,7 @@ import BlockIO
 final class QCOW2CheckNode: BlockDriver, @unchecked Sendable {
     private let node: BlockNode
     private let file: Edge
+    private let dataFileIsGiven: Bool
 
     static func open(_ opening: NodeOpening) async throws(BlockError) -> QCOW2CheckNode {
         let node = opening.node
@@ -14,15 +15,16 @@ final class QCOW2CheckNode: BlockDriver, @unchecked Sendable {
         node.size = header.size
         // Whatever the command line says of the image as a disk has no meaning here.
         _ = try opening.options.value("backing")
-        _ = try opening.options.value("data-file")
+        let dataFile = try opening.options.value("data-file")
         _ = try opening.options.value("encrypt")
         _ = try QCOW2Options(reading: opening.options, header, discards: false)
-        return QCOW2CheckNode(node, file)
+        return QCOW2CheckNode(node, file, dataFileIsGiven: dataFile != nil)
     }
 
-    private init(_ node: BlockNode, _ file: Edge) {
+    private init(_ node: BlockNode, _ file: Edge, dataFileIsGiven: Bool) {
         self.node = node
         self.file = file
+        self.dataFileIsGiven = dataFileIsGiven
     }
 
     func check(
@@ -32,6 +34,7 @@ final class QCOW2CheckNode: BlockDriver, @unchecked Sendable {
         let header = try await QCOW2Check.readHeader(file)
         let check = QCOW2Check(
             file, header, thread: node.thread, repair: repair, notice: notice)
+        check.dataFileIsGiven = dataFileIsGiven
         return try await check.run()
     }
 
@@ -98,18 +101,25 @@ extension QCOW2Check {
     /// 1 is AES, 2 is LUKS.
     private static let encryptionMethodMax: UInt32 = 2
 
-    /// Repairs an image that was not closed cleanly, before it is written again.
+    /// Makes the counts of an image right that was not closed cleanly, before it is written again. They
+    /// are all that is late in one: nothing is dropped.
     ///
-    /// - Throws: when a part of it cannot be read: then nothing was changed.
-    static func repairDirty(
+    /// - Throws: `corrupt` when more is wrong, or a part of it cannot be read: then nothing was changed.
+    static func mendCounts(
         _ file: Edge, _ header: QCOW2.Header, on thread: IOThread
     ) async throws(BlockError) {
-        let check = QCOW2Check(file, header, thread: thread, repair: .all) { _ in }
+        let check = QCOW2Check(
+            file, header, thread: thread, repair: .all, isOpening: true
+        ) { _ in }
+        // It is open.
+        check.dataFileIsGiven = true
         let report = try await check.run()
         guard report.isClean else {
+            let what =
+                report.checkErrors > 0 ? "parts of it cannot be read" : "its tables have errors"
             throw BlockError(
-                .corrupt, "the image was not closed cleanly, and parts of it cannot be read",
-                remedy: "open it with read-only=on and copy what can be read")
+                .corrupt, "the image was not closed cleanly, and \(what)",
+                remedy: "repair it with 'check -r all', or open it with read-only=on")
         }
     }
 

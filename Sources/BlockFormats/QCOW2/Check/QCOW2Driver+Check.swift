@@ -22,6 +22,7 @@ extension QCOW2Driver {
             try await file.flush()
         }
         let check = QCOW2Check(file, image.header, thread: thread, repair: [], notice: notice)
+        check.dataFileIsGiven = true
         return try await check.run()
     }
 }

@@ -37,6 +37,8 @@ final class QCOW2ReferenceCounts {
     /// Memory for pages, their bookkeeping included.
     static let bytesMax = 96 << 20
     private static let pageOverhead = 96
+    /// No image has clusters from here on.
+    private static let clusterEnd = QCOW2.Limit.hostOffsetMax >> QCOW2.Limit.clusterBitsMin
 
     private let budget: Int
     /// Cluster numbers.
@@ -52,9 +54,12 @@ final class QCOW2ReferenceCounts {
 
     init(from first: Int, budget: Int = QCOW2ReferenceCounts.bytesMax) {
         precondition(first & (Self.pageCount - 1) == 0)
-        window = first..<(QCOW2.Limit.hostOffsetMax >> QCOW2.Limit.clusterBitsMin)
+        window = first..<Self.clusterEnd
         self.budget = budget
     }
+
+    /// No window follows.
+    var isLast: Bool { window.upperBound == Self.clusterEnd }
 
     deinit {
         for page in pages.values { page.memory.deallocate() }
