@@ -112,6 +112,15 @@ extension QCOW2Check {
         return uses
     }
 
+    /// References of the refcounts' own structures are none too many: those are made anew.
+    func forgetRefcountUses(_ excess: inout [Int: UInt64]) {
+        guard let first = excess.keys.min(), let last = excess.keys.max() else { return }
+        for (cluster, count) in refcountStructureUses(first..<(last + 1)) {
+            guard let over = excess[cluster] else { continue }
+            excess[cluster] = over > count ? over - UInt64(count) : nil
+        }
+    }
+
     // MARK: Settle
 
     /// Decides what is believed.

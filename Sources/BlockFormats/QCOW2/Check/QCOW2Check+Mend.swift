@@ -124,37 +124,56 @@ extension QCOW2Check {
 
     // MARK: References that are too many
 
-    /// Drops references that the refcounts' width cannot count: whole tables first, since that frees
-    /// what they refer to.
+    /// Drops references that the refcounts' width cannot count: snapshots' tables first, then data, then
+    /// tables of the disk. References are counted anew after each: what went may have freed more.
     private func drop(_ excess: [Int: UInt64]) async throws(BlockError) {
         var excess = excess
+        var hasDropped = try await dropTables(&excess, ofSnapshots: true)
+        if !hasDropped { hasDropped = try await dropData(&excess) }
+        if !hasDropped { hasDropped = try await dropTables(&excess, ofSnapshots: false) }
+        try await file.flush()
+    }
+
+    /// - Returns: whether there were any.
+    private func dropTables(
+        _ excess: inout [Int: UInt64], ofSnapshots: Bool
+    ) async throws(BlockError) -> Bool {
+        var rest = excess
         var hasDropped = false
         try await forEachL1Entry { table, index, raw, changed throws(BlockError) in
-            guard let entry = self.soundL1Entry(raw, table, index) else { return }
+            guard (table >= 0) == ofSnapshots, let entry = self.soundL1Entry(raw, table, index)
+            else { return }
             let cluster = entry.offset >> self.clusterBits
-            guard let left = excess[cluster], left > 0 else { return }
-            excess[cluster] = left - 1
+            guard let left = rest[cluster], left > 0 else { return }
+            rest[cluster] = left - 1
             changed = 0
             hasDropped = true
             self.note(
                 "Repaired: a reference too many to the L2 table at \(entry.offset) is dropped")
             self.report.corruptionsFixed += 1
         }
-        if !hasDropped {
-            var batch: [UInt64] = []
-            try await forEachL1Entry { table, index, raw, _ throws(BlockError) in
-                guard let entry = self.soundL1Entry(raw, table, index) else { return }
-                batch.append(UInt64(entry.offset))
-                if batch.count >= Self.rememberedMax {
-                    try await self.forEachTable(of: &batch) { _, memory, use in
-                        self.dropExcess(memory, use, &excess)
-                    }
+        excess = rest
+        return hasDropped
+    }
+
+    /// - Returns: whether there were any.
+    private func dropData(_ excess: inout [Int: UInt64]) async throws(BlockError) -> Bool {
+        let before = report.corruptionsFixed
+        var rest = excess
+        var batch: [UInt64] = []
+        try await forEachL1Entry { table, index, raw, _ throws(BlockError) in
+            guard let entry = self.soundL1Entry(raw, table, index) else { return }
+            batch.append(UInt64(entry.offset))
+            if batch.count >= Self.tableBatchCount {
+                try await self.forEachTable(of: &batch) { _, memory, use in
+                    self.dropExcess(memory, use, &rest)
                 }
             }
-            try await forEachTable(of: &batch) { _, memory, use in
-                self.dropExcess(memory, use, &excess)
-            }
         }
-        try await file.flush()
+        try await forEachTable(of: &batch) { _, memory, use in
+            self.dropExcess(memory, use, &rest)
+        }
+        excess = rest
+        return report.corruptionsFixed > before
     }
 }

@@ -241,6 +241,7 @@ final class QCOW2Check {
             }
         }
         isComparedOnce = true
+        if mendsCounts { forgetRefcountUses(&findings.excess) }
         return findings
     }
 
