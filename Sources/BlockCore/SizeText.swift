@@ -2,10 +2,12 @@
 
 /// A size as users write it: a number, then `b`, `k`, `K`, `M`, `G`, `T`, `P` or `E` (powers of 1024).
 public enum SizeText {
-    /// Parses `"4096"`, `"64k"`, `"1.5G"`, `"0x1000"`.
+    /// Parses `"4096"`, `"64k"`, `"1.5G"`, `"0x1000"`; spaces and one `+` may stand in front.
     ///
     /// - Returns: bytes, or `nil` when the text is no size, is negative or does not fit.
-    public static func parse(_ text: some StringProtocol) -> Int? {
+    public static func parse(_ given: some StringProtocol) -> Int? {
+        var text = given.drop { $0.isASCII && $0.isWhitespace }
+        if text.first == "+" { text = text.dropFirst() }
         if text.hasPrefix("0x") || text.hasPrefix("0X") {
             let digits = text.dropFirst(2)
             guard digits.first != "+", digits.first != "-" else { return nil }

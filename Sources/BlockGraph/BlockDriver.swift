@@ -126,6 +126,12 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// Changes the size. Bytes that appear read as zeroes.
     func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError)
 
+    /// Reads saved state of a machine, which is kept beside the disk: see ``Edge/readMachineState(_:into:)``.
+    func readMachineState(_ offset: Int, into vector: IOVector) async throws(BlockError)
+
+    /// Writes saved state of a machine. Called while no other write of the node is in flight.
+    func writeMachineState(_ offset: Int, from vector: IOVector) async throws(BlockError)
+
     /// Looks for damage in the image's own structures, and repairs it if asked; see ``Edge/check(_:_:)``.
     func check(
         _ repair: CheckRepair, _ notice: @escaping CheckNotice
@@ -218,6 +224,12 @@ extension BlockDriver {
         from stored: StoredRange, to offset: Int, _ method: CopyMethod
     ) async throws(BlockError) {
         throw BlockError(.unsupported, "the driver cannot copy within its storage")
+    }
+    public func readMachineState(_ offset: Int, into vector: IOVector) async throws(BlockError) {
+        throw BlockError(.unsupported, "the driver keeps no saved state of a machine")
+    }
+    public func writeMachineState(_ offset: Int, from vector: IOVector) async throws(BlockError) {
+        throw BlockError(.unsupported, "the driver keeps no saved state of a machine")
     }
     public var snapshotSource: (any SnapshotSource)? { nil }
     public var snapshotStore: (any InternalSnapshotStore)? { nil }

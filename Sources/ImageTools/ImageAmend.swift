@@ -45,12 +45,7 @@ public struct ImageAmend: Sendable {
         var values = JSONObject()
         let known = try Self.known(format)
         for text in options {
-            for (key, value) in try ImageCreate.pairs(text) {
-                guard let option = known.first(where: { $0.name == key }) else {
-                    throw BlockError(
-                        .invalidArgument, "'\(key)' of format '\(format)' cannot be amended",
-                        remedy: "use one of " + known.map(\.name).joined(separator: ", "))
-                }
+            for (option, value) in try CreationOption.read(text, known, format) {
                 values.set(option.driverName, option.driverValue(try option.normalized(value)))
             }
         }

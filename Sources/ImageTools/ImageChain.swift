@@ -1,63 +1,156 @@
 import BlockCore
 import BlockGraph
+import BlockIO
 import QMP
 
 /// An image and the images below it, each opened by itself, so that any of them can be written.
+///
+/// What lies below an image is what the user's options say (`backing`), or else what the image names.
 struct ImageChain {
     /// One image of the chain.
     struct Layer {
         let node: BlockNode
+        let image: Found
+    }
+
+    /// An image that was looked at, and how to open it again.
+    struct Found {
+        /// Read-only, with the format that was given, or else found out.
+        let source: ImageSource
         let info: ImageInfo
+        /// The image above names it; else the user's options do.
+        let isNamedAbove: Bool
     }
 
     /// The top image first.
     let layers: [Layer]
 
     var top: BlockNode { layers[0].node }
+    var images: [Found] { layers.map(\.image) }
 
     /// Opens a chain. The nodes are held as "command" until the end of the session.
     ///
-    /// - Parameter isWritable: whether the layer at an index, 0 for the top, is opened for writing; it is
-    ///   told how many there are.
+    /// - Parameter isWritable: which layers are opened for writing, by index, 0 for the top; it is
+    ///   told what there is.
     static func open(
         _ source: ImageSource, in session: ToolSession,
-        isWritable: ([ImageInfo]) throws(BlockError) -> Set<Int>
+        isWritable: ([Found]) throws(BlockError) -> Set<Int>
     ) async throws(BlockError) -> ImageChain {
-        var plain = source
-        plain.isWritable = false
-        plain.foundRaw = nil
-        let infos = try await ImageInfo.gather(plain, chain: true, in: session)
-        let writable = try isWritable(infos)
+        let found = try await find(source, in: session)
+        let writable = try isWritable(found)
         var layers: [Layer] = []
         var below: BlockNode?
-        for (index, info) in infos.enumerated().reversed() {
-            var layer = source
-            if index > 0 {
-                layer = ImageSource(path(of: index, infos), format: info.format)
-                layer.cache = source.cache
-                layer.sharesAll = source.sharesAll
-            }
+        for (index, image) in found.enumerated().reversed() {
+            var layer = image.source
+            if index == 0 { layer.foundRaw = source.foundRaw }
             layer.isWritable = writable.contains(index)
             layer.discards = layer.isWritable
             let node = try await session.openLayer(layer, above: below)
-            layers.insert(Layer(node: node, info: info), at: 0)
+            layers.insert(Layer(node: node, image: image), at: 0)
             below = node
         }
         return ImageChain(layers: layers)
     }
 
-    /// How the image above names it, seen from where the command runs.
-    private static func path(of index: Int, _ infos: [ImageInfo]) -> String {
-        infos[index - 1].backingPath ?? infos[index].filename
+    // MARK: Finding
+
+    private static func find(
+        _ source: ImageSource, in session: ToolSession
+    ) async throws(BlockError) -> [Found] {
+        var result: [Found] = []
+        var seen: Set<String> = []
+        var next: (source: ImageSource, isNamed: Bool)? = (source, true)
+        while let current = next {
+            var layer = current.source
+            layer.isWritable = false
+            layer.foundRaw = nil
+            layer.withoutBacking = true
+            let given = try layer.givenOptions()
+            let info = try await ImageInfo.one(
+                layer, given == nil ? layer.name : nil, in: session)
+            if layer.format == nil, given?["driver"] == nil { layer.probedFormat = info.format }
+            layer.withoutBacking = false
+            result.append(Found(source: layer, info: info, isNamedAbove: current.isNamed))
+            next = try below(layer, given, info)
+            guard let next else { break }
+            guard seen.insert(next.source.name).inserted, result.count < Limits.graphDepthMax else {
+                throw BlockError(
+                    .corrupt,
+                    "the backing chain of '\(result[0].info.filename)' comes back to "
+                        + "'\(next.source.name)'")
+            }
+        }
+        return result
     }
 
-    /// The layer that a user means by `name`: as the image above it has the name, or by its path.
-    func index(named name: String) -> Int? {
-        layers.indices.dropFirst().first { index in
-            let above = layers[index - 1].info
-            return above.backingName == name || above.backingPath == name
-                || layers[index].info.filename == name
+    /// What lies below an image.
+    private static func below(
+        _ layer: ImageSource, _ given: JSONObject?, _ info: ImageInfo
+    ) throws(BlockError) -> (source: ImageSource, isNamed: Bool)? {
+        var below: ImageSource
+        var isNamed = false
+        switch given?["backing"] {
+        case .object(let options)?:
+            below = ImageSource(JSONValue.object(options).text(), isOptions: true)
+        case .null?, .string("")?:
+            return nil
+        case .some:
+            throw BlockError(
+                .invalidArgument, "'backing' is no image of this command line's",
+                remedy: "give options of it, as in backing.file.filename=…")
+        case nil:
+            guard !layer.isUntrusted, let path = info.backingPath else { return nil }
+            below = ImageSource(path, format: info.backingFormat)
+            isNamed = true
         }
+        below.cache = layer.cache
+        below.sharesAll = layer.sharesAll
+        below.objects = layer.objects
+        below.isUntrusted = layer.isUntrusted
+        return (below, isNamed)
+    }
+
+    // MARK: Naming
+
+    /// The image below the top that a user means by `name`: what the image above calls it, a path from
+    /// that image's folder or from where the command runs.
+    static func index(named name: String, in images: [Found]) -> Int? {
+        let below = images.indices.dropFirst()
+        let called = below.first { index in
+            let above = images[index - 1].info
+            let isAbove = above.backingName == name || above.backingPath == name
+            return isAbove && images[index].isNamedAbove || images[index].info.filename == name
+        }
+        if let called { return called }
+        return below.first { index in
+            let above = images[index - 1].info.filename
+            return images[index].isFile(at: ImageName.resolve(name, besides: above))
+        } ?? below.first { images[$0].isFile(at: name) }
+    }
+
+    /// The layer below the top that is the image at `path` in `format`, to the last byte.
+    func index(ofImageAt path: String, format: String?) -> Int? {
+        images.indices.dropFirst().first { index in
+            let image = images[index]
+            // Options may show a part of the file only, or put it above other images.
+            return image.info.format == format && image.isFile(at: path) && image.isWhole
+        }
+    }
+}
+
+extension ImageChain.Found {
+    fileprivate func isFile(at path: String) -> Bool {
+        guard case .path(let path) = ImageName.kind(path),
+            let identity = FileIdentity(ofFileAt: path)
+        else { return false }
+        return identity == FileIdentity(ofFileAt: info.filename)
+    }
+
+    /// Opened by its name alone.
+    fileprivate var isWhole: Bool {
+        if source.isOptions { return false }
+        if case .path = ImageName.kind(source.name) { return true }
+        return false
     }
 }
 
@@ -66,7 +159,9 @@ extension ToolSession {
     fileprivate func openLayer(
         _ source: ImageSource, above below: BlockNode?
     ) async throws(BlockError) -> BlockNode {
-        guard case .object(var options) = try await options(for: source) else {
+        var alone = source
+        alone.withoutBacking = true
+        guard case .object(var options) = try await options(for: alone) else {
             throw BlockError(.invalidArgument, "an image's options must be an object")
         }
         if case .string(let name) = options["driver"],
@@ -74,7 +169,7 @@ extension ToolSession {
         {
             options["backing"] = below.map { .string($0.name) } ?? .null
         }
-        let node = try await graph.open(.object(options))
+        let node = try await graph.open(.object(options), inheriting: source.inherited)
         node.hold("command")
         node.release("opening")
         return node

@@ -25,7 +25,7 @@ public struct ImageCommit: Sendable {
             let index = try self.baseIndex(infos)
             return keeps ? [index] : [0, index]
         }
-        let index = try baseIndex(chain.layers.map(\.info))
+        let index = try baseIndex(chain.images)
         let top = try session.graph.attach(
             NamedUser("commit"), to: chain.top,
             Access(uses: keeps ? .consistentRead : [.consistentRead, .write], shares: .all))
@@ -47,17 +47,13 @@ public struct ImageCommit: Sendable {
         try await session.close(chain)
     }
 
-    private func baseIndex(_ infos: [ImageInfo]) throws(BlockError) -> Int {
-        guard infos.count > 1 else {
+    private func baseIndex(_ images: [ImageChain.Found]) throws(BlockError) -> Int {
+        guard images.count > 1 else {
             throw BlockError(
                 .invalidArgument, "'\(source.name)' has no backing image to commit to")
         }
         guard let base else { return 1 }
-        let index = infos.indices.dropFirst().first { index in
-            let above = infos[index - 1]
-            return above.backingName == base || above.backingPath == base
-        }
-        guard let index else {
+        guard let index = ImageChain.index(named: base, in: images) else {
             throw BlockError(
                 .notFound, "'\(base)' is not in the backing chain of '\(source.name)'")
         }

@@ -10,8 +10,11 @@ extension ImageConvert {
     ///
     /// - Throws: `unsupported` where the source cannot have any; `corrupt` for one that is inconsistent,
     ///   unless these are skipped, with a warning each.
-    func bitmaps(of source: BlockNode) async throws(BlockError) -> [DirtyBitmap] {
+    func bitmaps(of node: BlockNode) async throws(BlockError) -> [DirtyBitmap] {
         guard copiesBitmaps else { return [] }
+        var source = node
+        // A snapshot's bitmaps are its image's.
+        if snapshot != nil, let file = node.child(named: "file") { source = file.node }
         guard source.driver.bitmapStore != nil else {
             throw BlockError(
                 .unsupported, "the source's driver '\(source.description.name)' keeps no bitmaps")

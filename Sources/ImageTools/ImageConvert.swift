@@ -77,6 +77,7 @@ public struct ImageConvert: Sendable {
         {
             throw BlockError(.invalidArgument, "-c and preallocation exclude each other")
         }
+        let backing = try targetBacking()
         guard sources.count == 1 || backing == nil else {
             throw BlockError(
                 .invalidArgument,
@@ -86,6 +87,13 @@ public struct ImageConvert: Sendable {
             throw BlockError(
                 .invalidArgument, "snapshots and bitmaps cannot be taken from several sources")
         }
+    }
+
+    /// The backing image that the target is to have, by `-B` and `-F` or by creation options.
+    private func targetBacking() throws(BlockError) -> (name: String, format: String?)? {
+        let values = try creates ? creation(at: target).readOptions() : [:]
+        guard let name = backing ?? values["backing_file"] else { return nil }
+        return (name, backingFormat ?? values["backing_fmt"])
     }
 
     private func checkTarget() throws(BlockError) {
@@ -103,15 +111,16 @@ public struct ImageConvert: Sendable {
                 .invalidArgument, "--target-image-opts and -O exclude each other",
                 remedy: "name the format in the options, as in driver=qcow2")
         }
-        guard !targetIsZero || backing == nil else {
+        let isOverlay = try targetBacking() != nil
+        guard !targetIsZero || !isOverlay else {
             throw BlockError(
                 .invalidArgument, "--target-is-zero and a backing image exclude each other")
         }
-        guard backing == nil || backingFormat != nil || !creates else {
+        if creates, let backing = try targetBacking(), backing.format == nil {
             throw BlockError(
                 .invalidArgument, "a backing image needs its format", remedy: "give it with -F")
         }
-        guard backing != nil || backingFormat == nil else {
+        guard isOverlay || backingFormat == nil else {
             throw BlockError(
                 .invalidArgument, "-F needs a backing image", remedy: "give it with -B")
         }
@@ -168,7 +177,7 @@ public struct ImageConvert: Sendable {
         try check()
         do throws(BlockError) {
             let users = try await openSources(in: session)
-            let source = try CopySource(users, layers: backing == nil ? nil : 1)
+            let source = try CopySource(users, layers: try targetBacking() == nil ? nil : 1)
             guard let first = users.first else {
                 throw BlockError(.invalidArgument, "there is nothing to convert")
             }
@@ -237,6 +246,7 @@ public struct ImageConvert: Sendable {
             warn("-o size has no effect: the target is as long as the sources")
         }
         create.size = size
+        create.ignoresSizeOption = true
         try await create.run(in: session) { _ in }
     }
 
@@ -246,11 +256,10 @@ public struct ImageConvert: Sendable {
         of path: String, in session: ToolSession
     ) async throws(BlockError) -> JSONValue? {
         guard creates, path != target else { return nil }
-        let values = try creation(at: path).readOptions()
-        guard let name = backing ?? values["backing_file"] else { return nil }
-        let found = ImageName.resolve(name, besides: target)
-        guard found != ImageName.resolve(name, besides: path) else { return nil }
-        let source = ImageSource(found, format: backingFormat ?? values["backing_fmt"])
+        guard let backing = try targetBacking() else { return nil }
+        let found = ImageName.resolve(backing.name, besides: target)
+        guard found != ImageName.resolve(backing.name, besides: path) else { return nil }
+        let source = ImageSource(found, format: backing.format)
         return try await session.options(for: source)
     }
 
@@ -294,7 +303,8 @@ public struct ImageConvert: Sendable {
         } else {
             target = CopyTarget(
                 user, isZero: try await isZero(user),
-                sparseBytes: sparseBytes ?? Self.sparseBytesDefault)
+                sparseBytes: sparseBytes ?? Self.sparseBytesDefault,
+                keepsAllocation: try isPreallocated)
         }
         progress.begin(source.size)
         try await ImageCopier(from: source, to: target, settings, progress).run()
@@ -321,10 +331,20 @@ public struct ImageConvert: Sendable {
             .compressed)
     }
 
+    /// Whether the target was made with space reserved, which it keeps.
+    private var isPreallocated: Bool {
+        get throws(BlockError) {
+            guard creates else { return false }
+            return try creation(at: target).readOptions()["preallocation"] ?? "off" != "off"
+        }
+    }
+
     /// Whether zeroes need not be written.
     private func isZero(_ user: Edge) async throws(BlockError) -> Bool {
         if targetIsZero { return true }
         if user.node.layerCount > 1 { return false }
+        // What was reserved in a new file reads as zeroes, unless it is decrypted first.
+        if try isPreallocated, try await user.node.isOfPlainFiles { return true }
         return try await user.isKnownZero()
     }
 }
@@ -334,9 +354,12 @@ extension ToolSession {
     ///
     /// - Returns: the path to write it to, and the use that keeps others from what stands there, where
     ///   that stays until the end.
+    /// - Throws: `unsupported` for a name that is not a file's, and a file that is no storage.
     func beginTarget(
-        _ target: String, _ unfinished: UnfinishedFile
+        _ name: String, _ unfinished: UnfinishedFile
     ) async throws(BlockError) -> (path: String, guardian: Edge?) {
+        let target = try ImageName.newFile(name)
+        try UnfinishedFile.checkKind(target)
         let sources = usedFiles
         let guardian = try await holdOldTarget(target)
         let path = try unfinished.begin(target, besides: sources)
@@ -357,15 +380,31 @@ extension ToolSession {
 
     /// Keeps an existing target from others, and finds out whether it is a source or in use, before
     /// anything takes its place.
-    func holdOldTarget(_ target: String) async throws(BlockError) -> Edge? {
+    private func holdOldTarget(_ target: String) async throws(BlockError) -> Edge? {
         var old = ImageSource(target, format: "raw")
         old.isWritable = true
-        guard !ImageName.hasProtocol(target) || target.hasPrefix("file:") else { return nil }
         do throws(BlockError) {
             return try await use(
                 old, as: "image creation", Access(uses: [.write, .resize], shares: []))
         } catch  where error.code == .notFound {
             return nil
+        }
+    }
+}
+
+extension BlockNode {
+    /// Whether all that it stands on are files, whose bytes it shows as they are.
+    fileprivate var isOfPlainFiles: Bool {
+        get async throws(BlockError) {
+            guard try await !driver.information.isEncrypted else { return false }
+            var rest = [self]
+            while let node = rest.popLast() {
+                if node.description.kind == .storage, node.description.name != "file" {
+                    return false
+                }
+                rest.append(contentsOf: node.children.map(\.node))
+            }
+            return true
         }
     }
 }

@@ -16,6 +16,8 @@ public struct ImageCreate: Sendable {
     public var objects: [String] = []
     /// Take the backing image's name as it is, without opening it (`-u`).
     public var trustsBacking = false
+    /// ``size`` counts whatever the options say.
+    var ignoresSizeOption = false
     /// What errors call the image, where that is not its path.
     var shownName: String?
     /// Told of the first change to what stands there.
@@ -53,12 +55,19 @@ public struct ImageCreate: Sendable {
     private func make(
         in session: ToolSession, _ announce: (String) -> Void
     ) async throws(BlockError) {
+        let path = try ImageName.newFile(name)
+        try UnfinishedFile.checkKind(path)
         try await session.add(objects: objects)
         let creator = try creator()
         var values = try readOptions()
         if let backing { values["backing_file"] = backing }
         if let backingFormat { values["backing_fmt"] = backingFormat }
-        if let size { values["size"] = String(size) }
+        if let size {
+            guard ignoresSizeOption || values["size"] == nil else {
+                throw BlockError(.invalidArgument, "the image's size is given twice")
+            }
+            values["size"] = String(size)
+        }
         if let backing = values["backing_file"] {
             try await settle(backing: backing, &values, in: session)
         }
@@ -73,7 +82,7 @@ public struct ImageCreate: Sendable {
                 remedy: "\(Limits.nodeSizeMax) bytes are the most")
         }
         values["size"] = String(rounded)
-        try await write(values, creator, in: session)
+        try await write(values, to: path, creator, in: session)
     }
 
     private typealias Create = @Sendable (ImageCreation) async throws(BlockError) -> Void
@@ -92,42 +101,9 @@ public struct ImageCreate: Sendable {
         let known = CreationOption.options(of: format)
         var result: [String: String] = [:]
         for text in options {
-            // Dots are part of these names (`encrypt.format`), not levels.
-            for (key, value) in try Self.pairs(text) {
-                guard let option = known.first(where: { $0.name == key }) else {
-                    let names = known.map(\.name).joined(separator: ", ")
-                    throw BlockError(
-                        .invalidArgument, "format '\(format)' has no creation option '\(key)'",
-                        remedy: "use one of \(names)")
-                }
-                result[key] = try option.normalized(value)
+            for (option, value) in try CreationOption.read(text, known, format) {
+                result[option.name] = try option.normalized(value)
             }
-        }
-        return result
-    }
-
-    /// Splits `a=b,c=d`; two commas stand for one.
-    static func pairs(_ text: String) throws(BlockError) -> [(String, String)] {
-        var parts: [String] = [""]
-        var rest = text[...]
-        while let character = rest.popFirst() {
-            guard character == "," else {
-                parts[parts.count - 1].append(character)
-                continue
-            }
-            if rest.first == "," {
-                rest.removeFirst()
-                parts[parts.count - 1].append(",")
-            } else {
-                parts.append("")
-            }
-        }
-        var result: [(String, String)] = []
-        for part in parts where !part.isEmpty {
-            guard let equals = part.firstIndex(of: "=") else {
-                throw BlockError(.invalidArgument, "expected 'key=value', not '\(part)'")
-            }
-            result.append((String(part[..<equals]), String(part[part.index(after: equals)...])))
         }
         return result
     }
@@ -164,7 +140,8 @@ public struct ImageCreate: Sendable {
         source.sharesAll = true
         let edge: Edge
         do throws(BlockError) {
-            edge = try await session.use(source, as: "image creation")
+            // Its size is all that is asked: an encrypted one needs no key for that.
+            edge = try await session.use(source, as: "image creation", .none)
         } catch {
             throw error.doing("cannot open the backing image")
         }
@@ -195,10 +172,10 @@ public struct ImageCreate: Sendable {
     }
 
     private func write(
-        _ values: [String: String], _ create: @escaping Create, in session: ToolSession
+        _ values: [String: String], to path: String, _ create: @escaping Create,
+        in session: ToolSession
     ) async throws(BlockError) {
         let known = CreationOption.options(of: format)
-        let path = name.hasPrefix("file:") ? String(name.dropFirst(5)) : name
         var options: JSONObject = [:]
         var file: JSONObject = ["filename": .string(path), "size": 0]
         for option in known {

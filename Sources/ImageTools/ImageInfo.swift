@@ -79,11 +79,12 @@ public struct ImageInfo: Sendable {
         return result
     }
 
-    private static func one(
+    static func one(
         _ source: ImageSource, _ filename: String?, in session: ToolSession
     ) async throws(BlockError) -> ImageInfo {
         let edge = try await session.use(source, as: "image information", .none)
-        let name = filename.map { $0.hasPrefix("file:") ? String($0.dropFirst(5)) : $0 }
+        var name = filename
+        if let filename, case .path(let path) = ImageName.kind(filename) { name = path }
         let info = try await ImageInfo(of: edge.node, filename: name)
         try await session.graph.detach(edge)
         return info

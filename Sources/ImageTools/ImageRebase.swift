@@ -81,9 +81,12 @@ public struct ImageRebase: Sendable {
             Access(uses: [.consistentRead, .write], shares: .all))
         user.isWriteThrough = source.cache.isWriteThrough
         _ = try Self.image(chain.top)
-        let new = try await openNew(chain, in: session)
-        let work = Rebasing(
-            user, over: new, same: sameLayer(chain), compresses: compresses, progress)
+        // As seen from where the command runs.
+        let path = newName.map { ImageName.resolve($0, besides: chain.images[0].info.filename) }
+        let new = try await openNew(path, chain, in: session)
+        // What that layer of the old chain and those below have is the same then.
+        let same = path.flatMap { chain.index(ofImageAt: $0, format: backingFormat) }
+        let work = Rebasing(user, over: new, same: same, compresses: compresses, progress)
         try await work.run()
         try await user.flush()
         try await setBacking(user)
@@ -93,31 +96,21 @@ public struct ImageRebase: Sendable {
         try await session.close(chain)
     }
 
-    private var newPath: String? {
-        newName.map { ImageName.resolve($0, besides: source.name) }
-    }
-
     private func openNew(
-        _ chain: ImageChain, in session: ToolSession
+        _ path: String?, _ chain: ImageChain, in session: ToolSession
     ) async throws(BlockError) -> Edge? {
-        guard let newPath else { return nil }
-        guard newPath != chain.layers[0].info.filename else {
+        guard let path else { return nil }
+        guard path != chain.images[0].info.filename else {
             throw BlockError(.invalidArgument, "an image cannot be its own backing image")
         }
-        var new = ImageSource(newPath, format: backingFormat)
+        var new = ImageSource(path, format: backingFormat)
         new.cache = backingCache
         new.sharesAll = source.sharesAll
         do throws(BlockError) {
             return try await session.use(new, as: "rebase")
         } catch {
-            throw error.doing("cannot open the new backing image '\(newPath)'")
+            throw error.doing("cannot open the new backing image '\(path)'")
         }
-    }
-
-    /// The layer of the old chain that the new backing image is; what it and those below have is the
-    /// same then.
-    private func sameLayer(_ chain: ImageChain) -> Int? {
-        newPath.flatMap { chain.index(named: $0) }
     }
 }
 

@@ -30,6 +30,9 @@ public struct ImageSource: Sendable {
     public var more = JSONObject()
     /// The image alone: its backing image stays closed.
     public var withoutBacking = false
+    /// What the image's format was found out to be before, where ``format`` is not given: not looked at
+    /// again, but guarded as what is found out.
+    var probedFormat: String?
     /// Options of the backing image, instead of what the image says of it.
     var backingOptions: JSONValue?
     /// Nothing that the image names is followed.
@@ -47,6 +50,27 @@ public struct ImageSource: Sendable {
 }
 
 extension ImageSource {
+    /// The options that the name stands for, nested, as they were given; `nil` where it is a file's.
+    func givenOptions() throws(BlockError) -> JSONObject? {
+        let value: JSONValue
+        if isOptions {
+            guard format == nil else {
+                throw BlockError(
+                    .invalidArgument, "--image-opts and a format exclude each other",
+                    remedy: "name the format in the options, as in driver=qcow2")
+            }
+            value = try KeyValue.parse(name)
+        } else if case .json(let text) = ImageName.kind(name) {
+            value = try JSONParser.parse(text)
+        } else {
+            return nil
+        }
+        guard case .object(let options) = try value.nestingDottedKeys() else {
+            throw BlockError(.invalidArgument, "an image's options must be an object")
+        }
+        return options
+    }
+
     /// What every node that is opened for the image has, where its options do not say otherwise.
     var inherited: NodeOptions {
         var options = NodeOptions()
@@ -134,20 +158,10 @@ extension ToolSession {
     /// What the name says: a driver at least.
     private func namedOptions(_ source: ImageSource) async throws(BlockError) -> JSONObject {
         if source.isUntrusted { try checkUntrusted(source) }
-        if source.isOptions {
-            guard source.format == nil else {
-                throw BlockError(
-                    .invalidArgument, "--image-opts and a format exclude each other",
-                    remedy: "name the format in the options, as in driver=qcow2")
-            }
-            return try await completed(KeyValue.parse(source.name), source)
-        }
-        if source.name.hasPrefix("json:") {
-            return try await completed(JSONParser.parse(String(source.name.dropFirst(5))), source)
-        }
+        if let given = try source.givenOptions() { return try await completed(given, source) }
         var file = try await fileOptions(source.name)
         if let aio = source.asynchronousIO, file["filename"] != nil { file["aio"] = .string(aio) }
-        var options = try await formatted(source.format, file)
+        var options = try await formatted(source.format ?? source.probedFormat, file)
         if source.format == nil { guardProbed(&options, source) }
         return options
     }
@@ -161,9 +175,7 @@ extension ToolSession {
                 "the format of '\(source.name)' is not given, and it is not trusted",
                 remedy: "give it with -f; 'merino inspect' tells what the image looks like")
         }
-        let hasProtocol =
-            ImageName.hasProtocol(source.name) && !source.name.hasPrefix("file:")
-        guard !hasProtocol else {
+        guard case .path = ImageName.kind(source.name) else {
             throw BlockError(
                 .permissionDenied, "'\(source.name)' is not the name of a file",
                 remedy: "put './' in front if it is, or give options with --image-opts")
@@ -172,44 +184,38 @@ extension ToolSession {
 
     /// Adds the drivers that options leave out.
     private func completed(
-        _ value: JSONValue, _ source: ImageSource
+        _ given: JSONObject, _ source: ImageSource
     ) async throws(BlockError) -> JSONObject {
-        guard case .object(var options) = value else {
-            throw BlockError(.invalidArgument, "an image's options must be an object")
-        }
-        if case .object(var file) = options["file"] {
-            if file["driver"] == nil, case .string(let path) = file["filename"] {
-                file["driver"] = try await fileOptions(path)["driver"]
-            }
-            if let aio = source.asynchronousIO { setDefault("aio", .string(aio), in: &file) }
+        var options = given
+        if let aio = source.asynchronousIO, case .object(var file)? = options["file"] {
+            setDefault("aio", .string(aio), in: &file)
             options["file"] = .object(file)
-            if let format = source.format { setDefault("driver", .string(format), in: &options) }
-            if options["driver"] == nil {
-                guard !source.isUntrusted else {
-                    throw BlockError(
-                        .invalidArgument, "the image's format is not given, and it is not trusted",
-                        remedy: "give 'driver'")
-                }
-                let found = try await formatted(nil, file)
-                for member in found.members { options[member.key] = member.value }
-                guardProbed(&options, source)
-            }
         }
+        if let format = source.format { setDefault("driver", .string(format), in: &options) }
+        let isProbed = options["driver"] == nil
+        if isProbed, let format = source.probedFormat { options["driver"] = .string(format) }
+        options = try await graph.completeDrivers(options, mayProbe: !source.isUntrusted)
+        if isProbed { guardProbed(&options, source) }
         return options
     }
 
     private func fileOptions(_ name: String) async throws(BlockError) -> JSONObject {
-        if let options = try await testOptions(name) { return options }
-        let path = name.hasPrefix("file:") ? String(name.dropFirst(5)) : name
-        var file: JSONObject = ["driver": "file", "filename": .string(path)]
-        if let isDevice = try? await isBlockDevice(path), isDevice {
-            file["driver"] = "host_device"
+        switch ImageName.kind(name) {
+        case .path(let path):
+            return [
+                "driver": .string(await graph.fileDriver(of: path)), "filename": .string(path),
+            ]
+        case .test:
+            return try await testOptions(name)
+        case .json:
+            throw ImageName.unknownProtocol("json", in: name)
+        case .unknown(let scheme):
+            throw ImageName.unknownProtocol(scheme, in: name)
         }
-        return file
     }
 
     /// Names of nodes for tests: `blkdebug:CONFIG:IMAGE`, `blkverify:RAW:IMAGE`, `null-co://`.
-    private func testOptions(_ name: String) async throws(BlockError) -> JSONObject? {
+    private func testOptions(_ name: String) async throws(BlockError) -> JSONObject {
         switch name.prefix(while: { $0 != ":" }) {
         case "blkdebug":
             let (config, image) = try halves(name, "blkdebug:CONFIG:IMAGE")
@@ -223,9 +229,8 @@ extension ToolSession {
                 "driver": "blkverify", "raw": .object(try await fileOptions(raw)),
                 "test": .object(try await formatted(nil, fileOptions(image))),
             ]
-        case "null-co" where name == "null-co://": return ["driver": "null-co"]
-        case "null-aio" where name == "null-aio://": return ["driver": "null-aio"]
-        default: return nil
+        case "null-co": return ["driver": "null-co"]
+        default: return ["driver": "null-aio"]
         }
     }
 
@@ -245,34 +250,11 @@ extension ToolSession {
         _ format: String?, _ file: JSONObject
     ) async throws(BlockError) -> JSONObject {
         var name = format
-        if name == nil { name = try await probe(file) }
+        if name == nil { name = try await graph.probeFormat(file) }
         return ["driver": .string(name ?? "raw"), "file": .object(file)]
     }
 
     func isBlockDevice(_ path: String) async throws(BlockError) -> Bool {
-        let system = thread.system
-        // In one go: each trip to a worker thread is a part of what a short command takes.
-        return try await thread.offload { () throws(BlockError) in
-            let handle = try system.open(path, FileOptions(writable: false))
-            defer { system.close(handle) }
-            return try system.status(of: handle).kind == .blockDevice
-        }
-    }
-
-    /// The format of an image from its first bytes.
-    func probe(_ file: JSONObject) async throws(BlockError) -> String {
-        var options = file
-        // Reading only: neither the file's lock nor another cache mode matters.
-        options["read-only"] = true
-        options["force-share"] = true
-        options["aio"] = nil
-        let node = try await graph.open(.object(options))
-        let edge = try graph.attach(NamedUser("format detection"), to: node, .read)
-        node.release("opening")
-        let start = try IOVector(allocating: min(4096, node.size))
-        try await edge.read(0, into: start)
-        let format = start.array.withUnsafeBytes { Self.registry.probe($0) }
-        try await graph.detach(edge)
-        return format
+        try await graph.isBlockDevice(path)
     }
 }

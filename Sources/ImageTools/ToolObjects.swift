@@ -1,4 +1,5 @@
 import BlockCore
+import BlockFilters
 import BlockGraph
 import QMP
 
@@ -21,13 +22,18 @@ extension ToolSession {
             }
             // A secret's text stays out of messages.
             options.subject = "object '\(identifier)' (\(type))"
-            guard let kind = GraphSecret.Kind(rawValue: type) else {
+            let object: any GraphObject
+            if let kind = GraphSecret.Kind(rawValue: type) {
+                object = try await GraphSecret.read(kind, options, in: graph)
+            } else if type == "throttle-group" {
+                let limits = try ThrottleGroup.properties(options)
+                object = try ThrottleGroup(identifier, limits, on: thread)
+            } else {
                 throw BlockError(
                     .unsupported, "\(options.subject): images do not use objects of this type",
-                    remedy: "use secret or secret_keyring")
+                    remedy: "use secret, secret_keyring or throttle-group")
             }
-            let secret = try await GraphSecret.read(kind, options, in: graph)
-            try graph.addObject(secret, as: identifier)
+            try graph.addObject(object, as: identifier)
             madeObjects.insert(text)
         }
     }

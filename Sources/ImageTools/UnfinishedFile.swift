@@ -17,7 +17,7 @@ import Darwin
 /// image of that name, when all of it is there. A failure or a signal removes it; after SIGKILL or a
 /// power failure the name says what it is, and the next conversion to the same target removes it.
 /// Targets that a name cannot stand in for are written in place: devices, files with several
-/// names, folders where no file can be made. Of these, regular files are cut to nothing on failure, if
+/// names, mount points, folders where no file can be made or somebody else's not be replaced. Of these, regular files are cut to nothing on failure, if
 /// the work had begun to change them.
 ///
 /// Invariants:
@@ -67,15 +67,14 @@ public final class UnfinishedFile: Sendable {
     /// The path to write the image to, instead of `target`.
     ///
     /// - Parameters:
-    ///   - target: a path, or a name with a protocol, which is left alone.
+    ///   - target: a path, as it is or behind `file:`.
     ///   - used: files that are not to be touched, under whatever name: the sources.
     /// - Throws: `busy` where another conversion to the same target is under way, or the target is one
     ///   of `used`.
     func begin(
         _ target: String, besides used: Set<FileIdentity> = []
     ) throws(BlockError) -> String {
-        let plain = target.hasPrefix("file:") ? String(target.dropFirst(5)) : target
-        if target == plain, ImageName.hasProtocol(target) { return target }
+        let plain = try ImageName.newFile(target)
         guard !plain.isEmpty, !plain.utf8.contains(0) else {
             throw BlockError(.invalidArgument, "the target's name is empty or holds a zero byte")
         }
@@ -205,7 +204,7 @@ public final class UnfinishedFile: Sendable {
         }
         guard durably else { return }
         let path = partial.target
-        let folder = path.lastIndex(of: "/").map { String(path[...$0]) } ?? "."
+        let folder = Self.folder(of: path)
         let descriptor = open(folder, O_RDONLY | O_CLOEXEC)
         guard descriptor >= 0 else { return }
         defer { _ = close(descriptor) }
@@ -256,9 +255,77 @@ public final class UnfinishedFile: Sendable {
                 return Place(path: path, mode: nil, owner: nil, isReplaceable: false)
             }
         }
+        let isReplaceable =
+            info.st_mode & S_IFMT == S_IFREG && info.st_nlink == 1 && !isMountPoint(path)
+            && mayRemove(real, info)
         return Place(
             path: real, mode: info.st_mode, owner: (info.st_uid, info.st_gid),
-            isReplaceable: info.st_mode & S_IFMT == S_IFREG && info.st_nlink == 1)
+            isReplaceable: isReplaceable)
+    }
+
+    /// Refuses what stands there where it can be no image: a pipe, a socket, a folder.
+    static func checkKind(_ path: String) throws(BlockError) {
+        var info = stat()
+        guard stat(path, &info) == 0 else { return }
+        let kind: String
+        switch info.st_mode & S_IFMT {
+        case S_IFREG, S_IFBLK, S_IFCHR: return
+        case S_IFIFO: kind = "a pipe"
+        case S_IFSOCK: kind = "a socket"
+        case S_IFDIR: kind = "a folder"
+        default: kind = "no file"
+        }
+        throw BlockError(
+            .invalidArgument, "'\(path)' is \(kind): an image needs a file or a device")
+    }
+
+    /// In a folder where everybody may make files, owners alone give theirs up.
+    private static func mayRemove(_ path: String, _ info: stat) -> Bool {
+        let user = geteuid()
+        if user == 0 || info.st_uid == user { return true }
+        var folder = stat()
+        guard stat(Self.folder(of: path), &folder) == 0 else { return false }
+        return folder.st_mode & 0o1000 == 0 || folder.st_uid == user
+    }
+
+    private static func folder(of path: String) -> String {
+        path.lastIndex(of: "/").map { String(path[...$0]) } ?? "."
+    }
+
+    /// Whether something is mounted on the file itself, as containers have it. On Linux alone.
+    private static func isMountPoint(_ path: String) -> Bool {
+        guard let resolved = realpath(path, nil) else { return false }
+        let real = String(cString: resolved)
+        free(resolved)
+        guard let list = fopen("/proc/self/mountinfo", "re") else { return false }
+        defer { _ = fclose(list) }
+        var line: UnsafeMutablePointer<CChar>?
+        var capacity = 0
+        defer { free(line) }
+        while getline(&line, &capacity, list) > 0, let text = line {
+            // The fifth word is the place, with some bytes in octal.
+            let words = String(cString: text).split(separator: " ", maxSplits: 5)
+            if words.count > 4, unescaped(words[4]) == real { return true }
+        }
+        return false
+    }
+
+    /// A path with `\040` for a space, and so on. proc_pid_mountinfo(5).
+    private static func unescaped(_ text: Substring) -> String {
+        var bytes: [UInt8] = []
+        var rest = text.utf8[...]
+        while let byte = rest.popFirst() {
+            let digits = rest.prefix(3)
+            if byte == UInt8(ascii: "\\"), digits.count == 3,
+                let code = UInt8(String(decoding: digits, as: UTF8.self), radix: 8)
+            {
+                bytes.append(code)
+                rest = rest.dropFirst(3)
+            } else {
+                bytes.append(byte)
+            }
+        }
+        return String(decoding: bytes, as: UTF8.self)
     }
 }
 

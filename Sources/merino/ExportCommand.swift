@@ -29,6 +29,8 @@ struct ExportCommand: ParsableCommand {
     @Flag(name: .customLong("image-opts"), help: "The image is given as options.")
     var imageOptions = false
     @Flag(help: "Clients may write.") var writable = false
+    @Flag(help: "Follow nothing that the image names; its format must be given.")
+    var untrusted = false
     @Option(
         name: [.customShort("k", allowingJoined: true), .long],
         help: "Listen on this Unix socket.")
@@ -61,6 +63,7 @@ struct ExportCommand: ParsableCommand {
         add("--bind", bind)
         add("--export-name", exportName)
         if imageOptions { arguments.append("--image-opts") }
+        if untrusted { arguments.append("--untrusted") }
         if !writable { arguments.append("--read-only") }
         let isSomewhere = socket != nil || port != nil || bind != nil
         add("--socket", socket ?? (isSomewhere ? nil : "/tmp/merino-export-\(getpid()).sock"))

@@ -16,26 +16,29 @@ struct SnapshotCommand: ParsableCommand {
     @Argument(help: "The image.") var file: String
     @OptionGroup var image: ImageArguments
     @Flag(name: [.customShort("l"), .long], help: "List them: what is done when nothing is asked.")
-    var list = false
+    var list: Int
+    // Names may begin with '-'.
     @Option(
         name: [.customShort("c", allowingJoined: true), .long],
+        parsing: .unconditionalSingleValue,
         help: "Keep the disk as it is now under this name.")
-    var create: String?
+    var create: [String] = []
     @Option(
         name: [.customShort("a", allowingJoined: true), .long],
+        parsing: .unconditionalSingleValue,
         help: "Make the disk what it was.")
-    var apply: String?
+    var apply: [String] = []
     @Option(
         name: [.customShort("d", allowingJoined: true), .long],
+        parsing: .unconditionalSingleValue,
         help: "Delete the snapshot of this name.")
-    var delete: String?
+    var delete: [String] = []
     @Flag(name: [.customShort("q"), .long], help: "Say nothing but what is asked for.")
     var quiet = false
 
     func validate() throws {
-        let given = [list, create != nil, apply != nil, delete != nil].filter { $0 }
-        guard given.count <= 1 else {
-            throw ValidationError("-l, -a, -c and -d exclude each other")
+        guard list + create.count + apply.count + delete.count <= 1 else {
+            throw ValidationError("one of -l, -a, -c and -d is given, and once")
         }
     }
 
@@ -47,9 +50,9 @@ struct SnapshotCommand: ParsableCommand {
     }
 
     private var task: Task {
-        if let create { return .create(create) }
-        if let apply { return .apply(apply) }
-        if let delete { return .delete(delete) }
+        if let name = create.first { return .create(name) }
+        if let name = apply.first { return .apply(name) }
+        if let name = delete.first { return .delete(name) }
         return .list
     }
 

@@ -4,13 +4,15 @@ import Testing
 @Suite struct SizeTextTests {
     @Test(arguments: [
         ("0", 0), ("4096", 4096), ("64k", 65536), ("1.5G", 1_610_612_736), ("0x1000", 4096),
-        ("512b", 512), ("7E", 7 << 60), ("9223372036854775807", Int.max),
+        ("512b", 512), ("7E", 7 << 60), (" 1k", 1024), ("+1M", 1 << 20), (" +2", 2),
+        ("9223372036854775807", Int.max),
     ]) func parsesWhatUsersWrite(text: String, bytes: Int) {
         #expect(SizeText.parse(text) == bytes)
     }
 
     @Test(arguments: [
-        "", "k", "-1", "+1", "1.5", "8E", "1.5x", "0x", "0x-1", "9223372036854775808", " 1", "1.G",
+        "", "k", "-1", "++1", "+", "+ 1", "1.5", "8E", "1.5x", "0x", "0x-1", "9223372036854775808",
+        "1 ", "1.G",
     ])
     func refusesWhatIsNoSize(text: String) {
         #expect(SizeText.parse(text) == nil)

@@ -27,7 +27,8 @@ final class LUKSDriver: BlockDriver, @unchecked Sendable {
         name: "luks", kind: .format,
         open: { opening throws(BlockError) in try await LUKSDriver.open(opening) },
         create: { creation throws(BlockError) in try await LUKSCreation.create(creation) },
-        probe: { LUKSHeader.matches($0) ? 100 : 0 })
+        probe: { LUKSHeader.matches($0) ? 100 : 0 },
+        measure: { options throws(BlockError) in try LUKSMeasure.measure(options) })
 
     private static func open(_ opening: NodeOpening) async throws(BlockError) -> LUKSDriver {
         let file = try await opening.requiredChild("file", roles: [.data, .metadata, .primary])

@@ -182,7 +182,9 @@ extension QCOW2Driver {
                     + "in images that are not trusted",
                 remedy: "give 'backing' explicitly, null for none")
         }
-        if name.hasPrefix("json:") { return try JSONParser.parse(String(name.dropFirst(5))) }
+        if name.hasPrefix("json:") {
+            return try await opening.graph.imageOptions(json: String(name.dropFirst(5)))
+        }
         if let colon = name.firstIndex(of: ":"), !name[..<colon].contains("/"),
             !name.hasPrefix("file:")
         {
@@ -227,12 +229,15 @@ extension QCOW2Driver {
             throw error
         }
         await file.close()
-        return [
+        var options: JSONObject = [
             "driver": .string(driver ?? "raw"),
             "file": [
                 "driver": isDevice ? "host_device" : "file", "filename": .string(path),
             ],
         ]
+        // What a guest wrote above must not make it another format's when it is committed.
+        if format == nil, driver == "raw" { options["x-probed"] = true }
+        return .object(options)
     }
 
     // MARK: Start

@@ -121,7 +121,7 @@ extension QCOW2Driver {
     }
 
     /// Moves the L1 table to where it has room.
-    private func growL1(to entries: Int) async throws(BlockError) {
+    func growL1(to entries: Int) async throws(BlockError) {
         let bits = geometry.clusterBits
         // As many as its clusters hold.
         let clusters = geometry.clusterCount(for: entries * 8)

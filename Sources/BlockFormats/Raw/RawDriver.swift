@@ -156,6 +156,18 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
         try await file.flush()
     }
 
+    public func readMachineState(
+        _ offset: Int, into vector: IOVector
+    ) async throws(BlockError) {
+        try await file.readMachineState(offset, into: vector)
+    }
+
+    public func writeMachineState(
+        _ offset: Int, from vector: IOVector
+    ) async throws(BlockError) {
+        try await file.writeMachineState(offset, from: vector)
+    }
+
     public func blockStatus(
         _ range: ByteRange, precise: Bool, into answer: BlockStatusList
     ) async throws(BlockError) {

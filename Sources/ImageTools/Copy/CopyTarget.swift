@@ -8,6 +8,8 @@ final class CopyTarget: @unchecked Sendable {
     let isZero: Bool
     /// Runs of zeroes of this many bytes in data become holes; 0: all is written as data.
     let sparseBytes: Int
+    /// Space that is reserved stays so under zeroes.
+    private let keepsAllocation: Bool
     /// How data is written.
     private let flags: WriteFlags
     /// Zeroes on a target that had other data go in pieces of this.
@@ -15,11 +17,15 @@ final class CopyTarget: @unchecked Sendable {
     private static let fillBytes = 2 << 20
     private var zeroes: IOVector?
 
-    init(_ edge: Edge, isZero: Bool, sparseBytes: Int, _ flags: WriteFlags = []) {
+    init(
+        _ edge: Edge, isZero: Bool, sparseBytes: Int, keepsAllocation: Bool = false,
+        _ flags: WriteFlags = []
+    ) {
         self.edge = edge
         self.flags = flags
         self.isZero = isZero
         self.sparseBytes = sparseBytes
+        self.keepsAllocation = keepsAllocation
     }
 
     /// Writes data, leaving out what is zeroes.
@@ -51,7 +57,7 @@ final class CopyTarget: @unchecked Sendable {
         var offset = range.offset
         while offset < range.end {
             let count = min(range.end - offset, Self.zeroBytesMax)
-            try await edge.writeZeroes(ByteRange(offset, count), .mayUnmap)
+            try await edge.writeZeroes(ByteRange(offset, count), keepsAllocation ? [] : .mayUnmap)
             offset += count
         }
     }

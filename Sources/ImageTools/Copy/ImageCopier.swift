@@ -36,6 +36,8 @@ final class ImageCopier: @unchecked Sendable {
     }
 
     static let itemBytesMax = 2 << 20
+    /// In pieces of this the place of a failure is looked for.
+    private static let searchBytes = 64 << 10
     /// Where the storage copies, nothing is held in memory.
     private static let offloadBytesMax = 64 << 20
 
@@ -162,10 +164,30 @@ final class ImageCopier: @unchecked Sendable {
             try await source.read(range.offset, into: vector)
         } catch {
             guard settings.salvages else {
-                throw error.doing("error while reading at offset \(range.offset)")
+                let offset = await failingOffset(range, into: vector)
+                throw error.doing("error while reading at offset \(offset)")
             }
             await salvage(range, into: vector)
         }
+    }
+
+    /// Where in a range that could not be read the first sector is that cannot; its beginning when all
+    /// can by themselves.
+    private func failingOffset(_ range: ByteRange, into vector: IOVector) async -> Int {
+        var offset = range.offset
+        var unit = Self.searchBytes
+        while offset < range.end {
+            let count = min(unit, range.end - offset)
+            let part = vector.slice(offset - range.offset, count)
+            do throws(BlockError) {
+                try await source.read(offset, into: part)
+                offset += count
+            } catch {
+                if unit == 512 { return offset }
+                unit = 512
+            }
+        }
+        return range.offset
     }
 
     /// Reads sector by sector; zeroes where that fails.

@@ -36,7 +36,9 @@ extension Exerciser {
         ) { exerciser, words throws(BlockError) in
             let request = try await ReadRequest(words, known: "CP:iqv", "aio_read", vectored: true)
             if request.isInvalid { return }
-            exerciser.start { await exerciser.perform(request, named: "readv") }
+            exerciser.start {
+                await exerciser.perform(request, named: "readv", isBeside: true)
+            }
         },
         Command(
             name: "write", alias: "w", arguments: 2...Int.max,
@@ -71,7 +73,9 @@ extension Exerciser {
             let request = try await WriteRequest(
                 words, known: "CfiP:quz", "aio_write", vectored: true, exerciser)
             if request.isInvalid { return }
-            exerciser.start { await exerciser.perform(request, named: "aio_write") }
+            exerciser.start {
+                await exerciser.perform(request, named: "aio_write", isBeside: true)
+            }
         },
         Command(
             name: "aio_flush", arguments: 0...0, synopsis: "",
@@ -120,6 +124,7 @@ extension Exerciser {
             }
             let counts: [Int]
             (offset, counts) = try Exerciser.place(arguments, name, vectored: vectored)
+            if isMachineState { try Exerciser.checkSectors(offset, counts) }
             vector = try Exerciser.memory(counts)
             let start = try arguments.value("s").map(ExerciserArguments.bytes) ?? 0
             let length =
@@ -145,14 +150,21 @@ extension Exerciser {
         await perform(request, named: name)
     }
 
-    private func perform(_ request: ReadRequest, named name: String) async {
+    /// - Parameter isBeside: other commands run meanwhile, which its failure is none of.
+    private func perform(
+        _ request: ReadRequest, named name: String, isBeside: Bool = false
+    ) async {
         let thread = session.thread
         let start = thread.now
         do throws(BlockError) {
-            if request.isMachineState { throw try noMachineState() }
-            try await image().read(request.offset, into: request.vector)
+            let edge = try image()
+            if request.isMachineState {
+                try await edge.readMachineState(request.offset, into: request.vector)
+            } else {
+                try await edge.read(request.offset, into: request.vector)
+            }
         } catch {
-            report(name, failed: error)
+            report(name, failed: error, isBeside: isBeside)
             return
         }
         let elapsed = thread.now &- start
@@ -162,7 +174,7 @@ extension Exerciser {
                 output(
                     "Pattern verification failed at offset \(request.offset + part.offset), "
                         + "\(part.count) bytes\n")
-                hasFailed = true
+                if !isBeside { hasFailed = true }
             }
         }
         if request.isQuiet { return }
@@ -211,6 +223,7 @@ extension Exerciser {
             forPrograms = arguments.has("C")
             isInvalid = arguments.has("i")
             guard !isZero else { return }
+            if isMachineState { try Exerciser.checkSectors(offset, counts) }
             let pattern = try arguments.pattern() ?? 0xcd
             let memory = try Exerciser.memory(counts)
             if let path = arguments.value("s") {
@@ -249,20 +262,23 @@ extension Exerciser {
         await perform(request, named: name)
     }
 
-    private func perform(_ request: WriteRequest, named name: String) async {
+    private func perform(
+        _ request: WriteRequest, named name: String, isBeside: Bool = false
+    ) async {
         let thread = session.thread
         let start = thread.now
         do throws(BlockError) {
             let edge = try image()
-            if request.isMachineState { throw try noMachineState() }
-            if let vector = request.vector {
+            if let vector = request.vector, request.isMachineState {
+                try await edge.writeMachineState(request.offset, from: vector)
+            } else if let vector = request.vector {
                 try await edge.write(request.offset, from: vector, request.flags)
             } else {
                 try await edge.writeZeroes(
                     ByteRange(request.offset, request.count), request.flags)
             }
         } catch {
-            report(name, failed: error)
+            report(name, failed: error, isBeside: isBeside)
             return
         }
         let elapsed = thread.now &- start
@@ -271,12 +287,6 @@ extension Exerciser {
             ExerciserReport.operation(
                 "wrote", offset: request.offset, count: request.count, nanoseconds: elapsed,
                 forPrograms: request.forPrograms))
-    }
-
-    private func noMachineState() throws(BlockError) -> BlockError {
-        BlockError(
-            .unsupported,
-            "driver '\(try image().node.description.name)' keeps no saved state of a machine")
     }
 
     /// Fills `memory` with the bytes of a file, from its beginning again where it ends.
@@ -352,6 +362,15 @@ extension Exerciser {
             throw BlockError(.invalidArgument, "the request ends past every size")
         }
         return (offset, counts)
+    }
+
+    /// Saved state goes in whole sectors.
+    private static func checkSectors(_ offset: Int, _ counts: [Int]) throws(BlockError) {
+        for (value, name) in [(offset, "offset")] + counts.map({ ($0, "length") })
+        where !value.isAligned(to: 512) {
+            throw BlockError(
+                .invalidArgument, "the \(name) \(value) is no multiple of 512, which -b needs")
+        }
     }
 
     /// One buffer for each length.

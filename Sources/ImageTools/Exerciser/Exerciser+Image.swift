@@ -122,7 +122,7 @@ extension Exerciser {
         }
         // The same format again: what was written meanwhile does not make it another.
         if !new.isOptions, new.format == nil {
-            new.format = try image().node.description.name
+            new.probedFormat = try image().node.description.name
         }
         try await close()
         do throws(BlockError) {

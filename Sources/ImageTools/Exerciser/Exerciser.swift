@@ -179,7 +179,9 @@ public final class Exerciser: @unchecked Sendable {
     }
 
     /// Says that a request failed: its result line, and why.
-    func report(_ name: String, failed error: BlockError) {
+    ///
+    /// - Parameter isBeside: the request's command is over, and did not fail.
+    func report(_ name: String, failed error: BlockError, isBeside: Bool = false) {
         // Of what is refused without being tried there is no result.
         if error.code != .readOnly {
             let reason: BlockError.Code = error.code == .outOfRange ? .inputOutput : error.code
@@ -187,7 +189,7 @@ public final class Exerciser: @unchecked Sendable {
             output("\(name) failed: \(BlockError.describe(number))\n")
         }
         notice(error.description)
-        hasFailed = true
+        if !isBeside { hasFailed = true }
     }
 }
 
