@@ -61,8 +61,10 @@ public struct ImageInfo: Sendable {
         while var source = next {
             source.withoutBacking = true
             source.isForInformation = true
-            let isPlain = !source.isOptions && !source.name.hasPrefix("json:")
-            let info = try await one(source, isPlain ? source.name : nil, in: session)
+            source.withoutKey = true
+            let given = try source.givenOptions()
+            var info = try await one(source, given == nil ? source.name : nil, in: session)
+            if let given, let name = extendedName(given, info) { info.filename = name }
             result.append(info)
             next = nil
             guard chain, !source.isUntrusted, let path = info.backingPath else { break }
@@ -77,6 +79,35 @@ public struct ImageInfo: Sendable {
             next = below
         }
         return result
+    }
+
+    /// The name of an image that is opened with options that change what it reads as, which a plain name does
+    /// not tell: `json:{…}`. `nil` where there are none, or more than that is special about it.
+    private static func extendedName(_ given: JSONObject, _ info: ImageInfo) -> String? {
+        let keys: [String]
+        switch info.format {
+        case "raw": keys = ["offset", "size"]
+        case "luks": keys = ["key-secret"]
+        case "qcow2": keys = ["encrypt.key-secret"]
+        default: return nil
+        }
+        guard let file = given["file"], file["driver"].map({ $0 == "file" }) ?? true,
+            case .string? = file["filename"]
+        else { return nil }
+        var values: [String: JSONValue] = [
+            "driver": .string(info.format),
+            "file": ["driver": "file", "filename": .string(info.filename)],
+        ]
+        for key in keys {
+            values[key] = key.hasPrefix("encrypt.") ? given["encrypt"]?["key-secret"] : given[key]
+        }
+        guard values.count > 2 else { return nil }
+        // In the order that scripts have seen them in.
+        var named = JSONObject()
+        for key in ["encrypt.key-secret", "offset", "driver", "size", "file", "key-secret"] {
+            named[key] = values[key]
+        }
+        return "json:" + JSONValue.object(named).text()
     }
 
     static func one(

@@ -30,6 +30,8 @@ public struct ImageSource: Sendable {
     public var more = JSONObject()
     /// The image alone: its backing image stays closed.
     public var withoutBacking = false
+    /// The image is opened without the key that its options name, to look at what is not encrypted.
+    var withoutKey = false
     /// What the image's format was found out to be before, where ``format`` is not given: not looked at
     /// again, but guarded as what is found out.
     var probedFormat: String?
@@ -141,6 +143,10 @@ extension ToolSession {
             options["backing"] = .null
         }
         if let backing = source.backingOptions { options["backing"] = backing }
+        if source.withoutKey {
+            if options["driver"] == "luks" { options["key-secret"] = nil }
+            if options["driver"] == "qcow2" { options["encrypt"] = nil }
+        }
         return .object(options)
     }
 
