@@ -67,27 +67,26 @@ public final class UnfinishedFile: Sendable {
     /// The path to write the image to, instead of `target`.
     ///
     /// - Parameters:
-    ///   - target: a path, as it is or behind `file:`.
+    ///   - target: a path, whatever it looks like.
     ///   - used: files that are not to be touched, under whatever name: the sources.
     /// - Throws: `busy` where another conversion to the same target is under way, or the target is one
     ///   of `used`.
     func begin(
         _ target: String, besides used: Set<FileIdentity> = []
     ) throws(BlockError) -> String {
-        let plain = try ImageName.newFile(target)
-        guard !plain.isEmpty, !plain.utf8.contains(0) else {
+        guard !target.isEmpty, !target.utf8.contains(0) else {
             throw BlockError(.invalidArgument, "the target's name is empty or holds a zero byte")
         }
-        let place = Self.place(plain)
+        let place = Self.place(target)
         if place.isReplaceable, let partial = try Self.make(for: place, besides: used) {
             state.withLock { $0 = .partial(partial) }
             return partial.path
         }
-        guard FileIdentity(ofFileAt: plain).map(used.contains) != true else {
-            throw BlockError(.busy, "'\(plain)' is a source too: it cannot be the target")
+        guard FileIdentity(ofFileAt: target).map(used.contains) != true else {
+            throw BlockError(.busy, "'\(target)' is a source too: it cannot be the target")
         }
-        state.withLock { $0 = .inPlace(plain, isChanged: false) }
-        return plain
+        state.withLock { $0 = .inPlace(target, isChanged: false) }
+        return target
     }
 
     /// Makes the file under the first name that is free.
