@@ -163,4 +163,12 @@ import Testing
         #expect(own.status == 1 && own.errors.hasPrefix("merino: ") && own.output == "")
         try expectSame(place, "top.qcow2")
     }
+
+    @Test("rebase onto the same file in another format keeps the contents")
+    func rebaseOntoTheFileInAnotherFormat() throws {
+        let place = try withChain()
+        let result = try place.merino("rebase", "-b", "mid.qcow2", "-F", "raw", "top.qcow2")
+        #expect(result.status == 0, "\(result.errors)")
+        try expectSame(place, "top.qcow2")
+    }
 }

@@ -206,4 +206,20 @@ import Testing
         #expect(own.status == other.status && own.status == 1)
         #expect(own.output.contains("Input/output error"), "\(own.output)")
     }
+
+    @Test(arguments: [
+        ("write -bz 0 512", "", 1), ("write -b 100 100", "", 1), ("read -b 0 100", "", 1),
+        ("read -b 0 512", "read failed: Operation not supported\n", 1),
+        ("write -b 0 512", "write failed: Operation not supported\n", 1),
+        ("read 8M 4k", "read failed: Input/output error\n", 1),
+        ("aio_read 8M 4k", "readv failed: Input/output error\n", 0),
+        ("aio_write 8M 4k", "aio_write failed: Input/output error\n", 0),
+    ]) func whatIsRefusedSaysSo(command: String, output: String, code: Int32) throws {
+        let place = try Workplace()
+        try place.tool("truncate", "-s", "1M", "a.raw")
+        let result = try place.merino("io", "-f", "raw", "-c", command, "-c", "aio_flush", "a.raw")
+        #expect(result.output == output)
+        #expect(!result.errors.isEmpty)
+        #expect(result.status == code, "\(result.errors)")
+    }
 }
