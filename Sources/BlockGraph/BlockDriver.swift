@@ -150,6 +150,9 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// piece, as it was asked for.
     var supportsCompressedWrites: Bool { get }
 
+    /// Whether its failures stand for those of storage: a flush of it that fails has lost what was written.
+    var simulatesStorage: Bool { get }
+
     /// What keeps the node's persistent dirty bitmaps, where the format can.
     var bitmapStore: (any BitmapStore)? { get }
 
@@ -162,10 +165,24 @@ public protocol BlockDriver: AnyObject, Sendable {
     func applyAccess(_ access: Access)
     func abortAccess()
 
-    /// Another node is to take the place of the child behind `edge`.
+    /// `node` is to take the place of the child behind `edge`.
+    ///
+    /// What holds a driver's metadata stays, by default: what the driver has in memory of it is about these
+    /// bytes and no others. Only a node that has the same takes its place: a filter above it, the node below
+    /// such a filter, another node on the same file.
     ///
     /// - Throws: where the driver's promises would not outlive that.
-    func checkReplacement(of edge: Edge) throws(BlockError)
+    func checkReplacement(of edge: Edge, with node: BlockNode) throws(BlockError)
+
+    /// The child whose bytes are the node's, all of them from the first on, where the driver is no filter.
+    var wholeChild: Edge? { get }
+
+    /// Whether both are on the same storage: one file that is open twice.
+    func isSameStorage(as other: any BlockDriver) -> Bool
+
+    /// A transaction of several changes is through, or undone: what ``applyAccess(_:)`` left open while
+    /// ``BlockNode/isInTransaction`` is decided now. Requests are still held back.
+    func transactionEnds()
 
     /// The node behind `edge` has another size now.
     func childResized(_ edge: Edge)
@@ -237,11 +254,17 @@ extension BlockDriver {
     public func writeNow(_ offset: Int, from vector: IOVector) -> Bool { false }
     public var supportsFUA: Bool { false }
     public var supportsCompressedWrites: Bool { false }
+    public var simulatesStorage: Bool { false }
     public var bitmapStore: (any BitmapStore)? { nil }
     public func checkAccess(_ access: Access) throws(BlockError) {}
     public func applyAccess(_ access: Access) {}
     public func abortAccess() {}
-    public func checkReplacement(of edge: Edge) throws(BlockError) {}
+    public func checkReplacement(of edge: Edge, with node: BlockNode) throws(BlockError) {
+        if edge.roles.contains(.metadata) { try edge.requireSameBytes(in: node) }
+    }
+    public var wholeChild: Edge? { nil }
+    public func isSameStorage(as other: any BlockDriver) -> Bool { other === self }
+    public func transactionEnds() {}
     public func childResized(_ edge: Edge) {}
     public func limitsTime(of edge: Edge) -> Bool { false }
     public func drainBegins() {}

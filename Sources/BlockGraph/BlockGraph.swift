@@ -17,6 +17,8 @@ public final class BlockGraph: @unchecked Sendable {
     /// In the order they were opened.
     public private(set) var nodes: [BlockNode] = []
     private var byName: [String: BlockNode] = [:]
+    /// Nodes that are off the table and have not been closed yet: as long as storage takes.
+    public private(set) var closing: [BlockNode] = []
     /// Names, objects and passed files: also those of the other graphs.
     let commons: GraphCommons
     /// Told when an image turns out to be corrupt while it is in use, once for each node.
@@ -25,6 +27,8 @@ public final class BlockGraph: @unchecked Sendable {
     public var descriptorSets: DescriptorSets { commons.descriptorSets }
     /// Whether long computations are to be given up: see ``endLongWork()``.
     public var isEnding: Bool { commons.isEnding }
+    /// See `OpenTransaction.swift`.
+    var isInTransaction = false
     /// Of sections that are drained right now.
     var drains: [DrainSection] = []
 
@@ -226,6 +230,16 @@ public final class BlockGraph: @unchecked Sendable {
     ///
     /// - Throws: `busy`, naming the users, while there are any.
     public func remove(_ node: BlockNode) async throws(BlockError) {
+        try await finish(try beginRemoval(of: node))
+    }
+
+    /// Nodes that nobody finds any more and that are still to be closed.
+    public struct Removal: Sendable {
+        fileprivate let nodes: [BlockNode]
+    }
+
+    /// ``remove(_:)`` up to where it may have to wait for storage; ``finish(_:)`` is the rest.
+    public func beginRemoval(of node: BlockNode) throws(BlockError) -> Removal {
         guard node.isMonitorOwned else {
             throw BlockError(
                 .permissionDenied, "the node belongs to its parent, not to the monitor",
@@ -239,7 +253,15 @@ public final class BlockGraph: @unchecked Sendable {
                 remedy: "remove its users first", node: node.name)
         }
         node.isMonitorOwned = false
-        try await closeUnheld([node])
+        return Removal(nodes: takeUnheld([node]))
+    }
+
+    /// Closes what was removed, and what it alone kept.
+    ///
+    /// - Throws: the first failure to make something durable; everything is closed all the same.
+    public func finish(_ removal: Removal) async throws(BlockError) {
+        thread.preconditionOnThread()
+        try await close(removal.nodes)
     }
 
     // MARK: Close
@@ -258,10 +280,14 @@ public final class BlockGraph: @unchecked Sendable {
     ///
     /// - Throws: the first failure to make something durable; everything is closed all the same.
     func closeUnheld(_ candidates: [BlockNode]) async throws(BlockError) {
+        try await close(takeUnheld(candidates))
+    }
+
+    private func close(_ taken: [BlockNode]) async throws(BlockError) {
         var failure: BlockError?
-        var closing = takeUnheld(candidates)
-        while !closing.isEmpty {
-            let node = closing.removeFirst()
+        var rest = taken
+        while !rest.isEmpty {
+            let node = rest.removeFirst()
             if node.isOpen {
                 do throws(BlockError) {
                     try await node.flushBeforeClosing()
@@ -282,7 +308,9 @@ public final class BlockGraph: @unchecked Sendable {
             } catch {
                 failure = failure ?? error
             }
-            closing += takeUnheld(children)
+            node.letGo()
+            closing.removeAll { $0 === node }
+            rest += takeUnheld(children)
         }
         if let failure { throw failure }
     }
@@ -294,8 +322,11 @@ public final class BlockGraph: @unchecked Sendable {
             nodes.removeAll { $0 === node }
             byName[node.name] = nil
             commons.letGo(node.name)
+            // It stays on this thread until it is closed.
+            node.hold("closing")
             taken.append(node)
         }
+        closing += taken
         return taken
     }
 

@@ -84,6 +84,7 @@ extension BlockNode {
         _ offset: Int, from vector: IOVector, _ flags: WriteFlags
     ) async throws(BlockError) {
         try await willChange()
+        if flags.contains(.fua) { try checkFlushes() }
         let range = ByteRange(offset, vector.count)
         let isAligned = range.isAligned(to: limits.requestAlignment)
         let tracked =
@@ -230,6 +231,7 @@ extension BlockNode {
 
     func trackedZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
         try await willChange()
+        if flags.contains(.fua) { try checkFlushes() }
         let alignment = limits.requestAlignment
         let isAligned = range.isAligned(to: alignment)
         let identifier = try await begin(
@@ -317,25 +319,40 @@ extension BlockNode {
         for observer in writeObservers { observer.discarded(inner) }
     }
 
+    /// A failure of storage to flush stays; what else keeps a flush from its end, such as no space for a
+    /// table that is still in memory, may be over when the next one comes.
     func stickyFlush() async throws(BlockError) {
-        if let flushFailure { throw flushFailure }
+        try checkFlushes()
         if options.ignoresFlush && description.kind == .storage { return }
         // What is written from here on needs another one.
         changedSinceFlush = false
         do throws(BlockError) {
             try await driver.flush()
         } catch {
-            rememberFlushFailure(error)
+            let isLost =
+                description.kind == .storage || driver.simulatesStorage
+                || nodesBelow.contains { $0.flushFailure != nil }
+            if isLost { rememberFlushFailure(error) }
+            changedSinceFlush = true
             throw error
         }
     }
 
-    /// Before storage is closed: what nobody flushed, and a flush that failed, which its user may not
-    /// have asked about again.
+    /// Makes durable what nobody flushed, and tells of a flush that failed, which its user may not have
+    /// asked about again.
     func flushBeforeClosing() async throws(BlockError) {
-        guard description.kind == .storage, changedSinceFlush || flushFailure != nil else { return }
-        try await stickyFlush()
+        try checkFlushes()
+        if description.kind == .storage, changedSinceFlush { try await stickyFlush() }
     }
+
+    /// - Throws: after a flush that failed: nothing is promised to be durable any more.
+    @inline(__always)
+    private func checkFlushes() throws(BlockError) {
+        if let flushFailure { throw flushFailure }
+    }
+
+    /// Whether a flush of the node's storage failed: what was written before may be lost.
+    public var hasLostWrites: Bool { flushFailure != nil }
 
     // MARK: Status
 

@@ -10,6 +10,8 @@ import QMP
 ///    accepted.
 /// 3. A node lives while it has a holder: the monitor, a parent edge, or a temporary hold. Who
 ///    they are is there to be asked.
+/// 4. A node and its driver keep each other in memory from when the node opens to when it is closed, and
+///    no longer: ``letGo()`` takes them apart. So a driver may keep its node as it likes.
 public final class BlockNode: @unchecked Sendable {
     public let name: String
     public private(set) unowned var graph: BlockGraph
@@ -22,12 +24,9 @@ public final class BlockNode: @unchecked Sendable {
     public internal(set) var options: NodeOptions
 
     private var openDriver: (any BlockDriver)?
-    /// The driver of an open node.
+    /// The driver of an open node; of one that is not open yet, or closed, one that refuses everything.
     @inline(__always)
-    public var driver: any BlockDriver {
-        guard let openDriver else { preconditionFailure("node '\(name)' is not open") }
-        return openDriver
-    }
+    public var driver: any BlockDriver { openDriver ?? AbsentDriver.shared }
     var isOpen: Bool { openDriver != nil }
 
     /// In bytes. The driver sets it when it opens and when it changes.
@@ -62,7 +61,8 @@ public final class BlockNode: @unchecked Sendable {
 
     // Of the requests path; see `Edge+Requests.swift`.
     var tracker = RequestTracker()
-    /// Invariant: once set it stays; every later flush reports it (design: a failed flush is sticky).
+    /// Invariant: once set it stays; every later flush, durable write and the closing report it (design: a
+    /// failed flush is sticky).
     var flushFailure: BlockError?
     /// Something was changed after the last flush began.
     var changedSinceFlush = false
@@ -98,6 +98,15 @@ public final class BlockNode: @unchecked Sendable {
 
     func setDriver(_ driver: any BlockDriver) {
         openDriver = driver
+    }
+
+    /// Takes the node and its closed driver apart: without that each would keep the other, and all that
+    /// they have, in memory. Requests that come all the same are refused.
+    func letGo() {
+        openDriver = nil
+        eventWatcher = nil
+        writeObservers = []
+        threshold = nil
     }
 
     /// Puts another driver of the same image in the place of the open one, which has written

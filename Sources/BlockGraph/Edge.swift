@@ -7,6 +7,8 @@ public protocol NodeUser: AnyObject {
     var userDescription: String { get }
     /// The node has another size now.
     func nodeResized(_ edge: Edge)
+    /// Somebody was told the node's size and holds to it, where the user does not share resizing.
+    var reliesOnSize: Bool { get }
 
     /// The node, drained, is to go on on another thread, together with `nodes`, all that it is joined to.
     ///
@@ -20,6 +22,7 @@ public protocol NodeUser: AnyObject {
 
 extension NodeUser {
     public func nodeResized(_ edge: Edge) {}
+    public var reliesOnSize: Bool { true }
 
     public func checkMove(with nodes: [BlockNode]) throws(BlockError) {
         throw BlockError(.busy, "\(userDescription) uses it and cannot move along")
@@ -63,6 +66,7 @@ public final class Edge: @unchecked Sendable {
     // Of roots only.
     var inFlight = 0
     var gateCount = 0
+    private var isRefusing = false
     var gateSleepers: [UnsafeContinuation<Void, Never>] = []
     var drainSleepers: [UnsafeContinuation<Void, Never>] = []
     /// The drivers that were told of a drain because the user leaves; see ``BlockGraph/beginDetach(_:)``.
@@ -109,7 +113,7 @@ public final class Edge: @unchecked Sendable {
     }
 
     private func waitAtGate() async {
-        while gateCount > 0 {
+        while gateCount > 0, !isRefusing {
             await withUnsafeContinuation { gateSleepers.append($0) }
         }
     }
@@ -133,6 +137,16 @@ public final class Edge: @unchecked Sendable {
     func openGate() {
         gateCount -= 1
         guard gateCount == 0 else { return }
+        let woken = gateSleepers
+        gateSleepers = []
+        for continuation in woken { continuation.resume() }
+    }
+
+    /// Refuses all that the user asks for from here on, and what waits at the gate: for one that leaves
+    /// while the graph is drained, whose requests would have to wait for the end of that.
+    public func refuseRequests() {
+        isRefusing = true
+        access = .none
         let woken = gateSleepers
         gateSleepers = []
         for continuation in woken { continuation.resume() }

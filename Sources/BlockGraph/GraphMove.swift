@@ -89,9 +89,6 @@ extension BlockGraph {
         }
     }
 
-    /// The hold of a transaction, on whatever thread its nodes are.
-    public static let transactionHold = "transaction"
-
     /// - Returns: the drains that the component is in.
     private func leave(_ component: [BlockNode], for other: BlockGraph) -> [DrainSection] {
         let leaving = Set(component.map(ObjectIdentifier.init))

@@ -14,6 +14,8 @@ public final class GraphTransaction {
     private var undoSteps: [() -> Void] = []
     /// Where permissions must be worked out anew.
     private var touched: [BlockNode] = []
+    /// Edges with the nodes that were behind them.
+    private var replaced: [(edge: Edge, old: BlockNode)] = []
     private var isEnded = false
 
     public init(_ graph: BlockGraph) {
@@ -66,15 +68,17 @@ public final class GraphTransaction {
 
     /// Puts `node` in the place of the child behind `edge`.
     ///
-    /// - Throws: `invalidArgument` when a loop would come about.
+    /// - Throws: `invalidArgument` when a loop would come about; `permissionDenied` when the node has
+    ///   another size than users count on; what the parent's driver refuses with.
     public func replace(_ edge: Edge, with node: BlockNode) throws(BlockError) {
         let old = edge.node
         guard old !== node else { return }
         try requireHere(old)
         try requireHere(node)
         if let parent = edge.parentNode, parent.isOpen {
-            try parent.driver.checkReplacement(of: edge)
+            try parent.driver.checkReplacement(of: edge, with: node)
         }
+        try edge.checkSize(of: node)
         if let parent = edge.parentNode, node.reaches(parent) {
             throw BlockError(
                 .invalidArgument,
@@ -93,6 +97,7 @@ public final class GraphTransaction {
         }
         touched.append(old)
         touched.append(node)
+        replaced.append((edge, old))
     }
 
     /// Puts `node` in the place of `old` for all of its users but `node` itself and those that
@@ -137,6 +142,8 @@ public final class GraphTransaction {
             throw error
         }
         update.apply()
+        for (edge, old) in replaced { edge.announceReplacement(of: old) }
+        forget()
     }
 
     /// Undoes all steps.
@@ -148,7 +155,14 @@ public final class GraphTransaction {
 
     private func undoAll() {
         for step in undoSteps.reversed() { step() }
+        forget()
+    }
+
+    /// The steps keep the transaction in memory, as it keeps them, and all the nodes that they are about.
+    private func forget() {
         undoSteps = []
+        touched = []
+        replaced = []
     }
 
     /// Joined nodes are on one thread.

@@ -3,7 +3,7 @@ import BlockCore
 /// Tells once that a node was written past a mark, so that its storage can be grown in time.
 final class WriteThreshold: WriteObserver {
     let offset: Int
-    private unowned let node: BlockNode
+    private let node: BlockNode
     private let exceeded: (_ bytes: Int) -> Void
 
     init(_ offset: Int, of node: BlockNode, exceeded: @escaping (_ bytes: Int) -> Void) {

@@ -64,6 +64,10 @@ public final class OptionReader {
             if text.hasPrefix("0x"), let value = Int(text.dropFirst(2), radix: 16) { return value }
             if let value = Int(text) { return value }
             throw wrongType(key, "an integer", .string(text))
+        case .unsigned(let value)?:
+            throw BlockError(
+                .invalidArgument, "\(subject): '\(prefix)\(key)' is out of bounds: \(value)",
+                remedy: "the largest is \(Int.max)")
         case .some(let other): throw wrongType(key, "an integer", other)
         }
     }

@@ -48,6 +48,10 @@ public final class StorageDaemon: @unchecked Sendable {
     let turns = Turns()
     /// Called with each event: its name, and its data.
     public var emit: (String, JSONValue) -> Void = { _, _ in }
+    /// Called with what went wrong where no client is told, a line each.
+    public var log: (String) -> Void = { _ in }
+    /// What goes on although the command that began it has been replied to; see `Ending.swift`.
+    var endings: [Ending] = []
     /// Called when a client asks the daemon to end.
     public var quit: () -> Void = {}
 
@@ -67,16 +71,19 @@ public final class StorageDaemon: @unchecked Sendable {
         tables[keyPath: table] = value
     }
 
-    /// An export and the identifier that commands know it by.
-    final class ExportRecord {
+    /// An export and the identifier that commands know it by. Confined to the main thread.
+    final class ExportRecord: @unchecked Sendable {
         let identifier: String
         let export: NBDExport
-        /// The node it was added with, for queries.
+        /// The node it was added with, for queries while it closes.
+        let nodeName: String
+        /// It goes, as soon as its requests have ended.
         var isClosing = false
 
-        init(_ identifier: String, _ export: NBDExport) {
+        init(_ identifier: String, _ export: NBDExport, of nodeName: String) {
             self.identifier = identifier
             self.export = export
+            self.nodeName = nodeName
         }
     }
 
@@ -122,15 +129,16 @@ public final class StorageDaemon: @unchecked Sendable {
             try await nbdServer?.stop()
         } catch { failure = error }
         nbdServer = nil
-        let gone = exports
-        exports = []
-        for record in gone {
+        // Those that are closing say so themselves when they are gone.
+        for record in exports where !record.isClosing {
             let export = record.export
             do throws(BlockError) {
                 try await export.seat.visit { () throws(BlockError) in try await export.close() }
             } catch { failure = failure ?? error }
             emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)])
         }
+        exports.removeAll { !$0.isClosing }
+        for ending in endings { await ending.task?.value }
         // What a job works on is its own until it ends; then its failure is its own too.
         for job in jobs { await job.task?.value }
         try await onEachThread { graph in

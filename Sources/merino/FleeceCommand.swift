@@ -78,9 +78,7 @@ struct FleeceCommand: ParsableCommand {
     // MARK: A daemon's disk
 
     private func fleece(node: String, _ executor: any QMPExecutor) async throws(BlockError) {
-        let path =
-            temp ?? Self.temporaryFolder
-            + "/merino-fleece-\(getpid())-\(String(UInt64.random(in: 0 ... .max), radix: 36)).img"
+        let path = try temporaryPath()
         let session = FleeceSession(
             of: node, exportName: exportName, temporaryPath: path, executor: executor)
         if stop {
@@ -93,14 +91,9 @@ struct FleeceCommand: ParsableCommand {
         options.temporaryFormat = tempFormat
         let (uri, startedServer) = try await FleeceSession.address(
             of: session.exportName, socket: nbdSocket, executor: executor)
+        options.owner = daemonOwner
         do throws(BlockError) {
-            try makeTemporaryFile(path)
-            do throws(BlockError) {
-                try await session.begin(options)
-            } catch {
-                Self.removeFile(path)
-                throw error
-            }
+            try await session.begin(options)
         } catch {
             if startedServer { _ = try? await executor.execute("nbd-server-stop", [:]) }
             throw error
@@ -132,7 +125,8 @@ struct FleeceCommand: ParsableCommand {
         }
         let path = try await session.knownTemporaryPath()
         try await session.end()
-        if let path { Self.removeFile(path) }
+        // A relative path is the daemon's, in a folder of its own.
+        if let path, path.hasPrefix("/") { Self.removeFile(path) }
         print("ended: \(session.disk); the temporary image is removed")
     }
 
@@ -171,30 +165,32 @@ struct FleeceCommand: ParsableCommand {
     }
 
     private static var temporaryFolder: String {
-        getenv("TMPDIR").map { String(cString: $0) } ?? "/var/tmp"
+        // Relative, it would be another folder to the daemon.
+        let folder = getenv("TMPDIR").map { String(cString: $0) } ?? ""
+        return folder.hasPrefix("/") ? folder : "/var/tmp"
     }
 
-    /// Makes the temporary image's file: one that was not there before, nor a link to another, and that
-    /// only the daemon's user may read, whose socket tells who that is.
-    private func makeTemporaryFile(_ path: String) throws(BlockError) {
-        let descriptor = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0o600)
-        guard descriptor >= 0 else {
-            if errno == EEXIST {
-                throw BlockError(
-                    .alreadyExists, "the temporary image '\(path)' is there already",
-                    remedy: "name a file that is not, or remove it")
-            }
-            throw .system("cannot create the temporary image '\(path)'", errno)
+    /// Where the temporary image is made: absolute, for the daemon has a working directory of its own.
+    private func temporaryPath() throws(BlockError) -> String {
+        guard let temp else {
+            let number = String(UInt64.random(in: 0 ... .max), radix: 36)
+            return "\(Self.temporaryFolder)/merino-fleece-\(getpid())-\(number).img"
         }
-        defer { close(descriptor) }
+        if temp.hasPrefix("/") { return temp }
+        guard let folder = getcwd(nil, 0) else {
+            throw .system("cannot tell the working directory", errno)
+        }
+        defer { free(folder) }
+        return String(cString: folder) + "/" + temp
+    }
+
+    /// The daemon's user, to whom the temporary image is given: its socket tells who that is.
+    private var daemonOwner: FleeceSession.Owner? {
         var daemon = stat()
-        if let qmp, geteuid() == 0, stat(qmp, &daemon) == 0, daemon.st_uid != 0,
-            fchown(descriptor, daemon.st_uid, daemon.st_gid) != 0
-        {
-            let failure = errno
-            Self.removeFile(path)
-            throw .system("cannot give the temporary image '\(path)' to the daemon", failure)
+        guard let qmp, geteuid() == 0, stat(qmp, &daemon) == 0, daemon.st_uid != 0 else {
+            return nil
         }
+        return FleeceSession.Owner(user: daemon.st_uid, group: daemon.st_gid)
     }
 
     private static func removeFile(_ path: String) {

@@ -193,7 +193,7 @@ import Testing
         }
     }
 
-    @Test func oneClientTooManyIsTurnedAwayUntilAPlaceIsFree() async throws {
+    @Test func oneClientTooManyWaitsUntilAPlaceIsFree() async throws {
         var options = NBDServer.Options()
         options.connectionCountMax = 2
         try await NBDTestServer.with(options: options) { server in
@@ -202,11 +202,64 @@ import Testing
             first.enter()
             second.enter()
             let third = try Raw(unix: server.socketPath)
-            #expect(third.isClosed())
+            second.send(Raw.request(0, 0, 16))
+            #expect(second.receive(32).count == 32)
+            #expect(try await server.clientCount == 2)
             first.close()
-            while try await server.clientCount > 1 { try await Task.sleep(for: .milliseconds(5)) }
-            let fourth = try Raw(unix: server.socketPath)
-            fourth.enter()
+            third.enter()
+        }
+    }
+
+    @Test func clientsThatComeOneAfterTheOtherAllGetTheOnlyPlace() async throws {
+        var options = NBDServer.Options()
+        options.connectionCountMax = 1
+        try await NBDTestServer.with(options: options) { server in
+            for index in 0..<100 {
+                let client = try Raw(unix: server.socketPath)
+                client.enter()
+                client.send(Raw.request(0, 0, 16))
+                #expect(client.receive(32).count == 32, "client \(index)")
+                // Without a goodbye.
+                client.close()
+            }
+        }
+    }
+
+    @Test func aClientThatLeftItsRequestsBehindDoesNotTakeAPlace() async throws {
+        var options = NBDServer.Options()
+        options.connectionCountMax = 1
+        try await NBDTestServer.with(options: options, slow: true) { server in
+            let first = try Raw(unix: server.socketPath)
+            first.enter("slow")
+            for cookie in 0..<64 { first.send(Raw.request(0, 0, 512, cookie: UInt64(cookie))) }
+            first.close()
+            let second = try Raw(unix: server.socketPath)
+            second.enter()
+            second.send(Raw.request(0, 0, 16))
+            #expect(second.receive(32).count == 32)
+        }
+    }
+
+    @Test func clientsThatDoNotReadHoldAsMuchTogetherAsTheServerAllows() async throws {
+        var options = NBDServer.Options()
+        options.bytesInFlightMax = 16 << 20
+        try await NBDTestServer.with(options: options) { server in
+            var slow: [Raw] = []
+            for _ in 0..<8 {
+                let client = try Raw(unix: server.socketPath)
+                client.enter()
+                client.send((0..<64).flatMap { Raw.request(0, 0, 1 << 20, cookie: UInt64($0)) })
+                slow.append(client)
+            }
+            let other = try Raw(unix: server.socketPath)
+            other.enter()
+            for _ in 0..<100 {
+                other.send(Raw.request(0, 0, 4_096))
+                #expect(other.receive(4_112).count == 4_112)
+            }
+            let held = try await server.bytesInFlight.reduce(0, +)
+            // Beside what all may hold, a share and a request or two of each.
+            #expect(held > 0 && held <= (16 << 20) + 8 * (3 << 20), "\(held)")
         }
     }
 

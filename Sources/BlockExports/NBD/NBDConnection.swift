@@ -13,7 +13,8 @@ import NBDProtocol
 /// Invariants:
 /// 1. Every request gets exactly one reply, or the connection ends.
 /// 2. What the requests and unsent replies of one client hold is bounded: past the limits nothing more
-///    is received from it. Other clients do not notice.
+///    is received from it. Other clients do not notice. The limit is lower while all clients together
+///    hold much (``NBDServer/Options/bytesInFlightMax``).
 /// 3. While there are many unsent replies no further read begins: reads go on as the client takes
 ///    replies. Other requests of the client do not wait for it.
 final class NBDConnection: @unchecked Sendable {
@@ -49,7 +50,11 @@ final class NBDConnection: @unchecked Sendable {
     /// It has had reads postponed.
     private var takesMuch = false
     private var requestCount = 0
-    private(set) var bytesInFlight = 0
+    private(set) var bytesInFlight = 0 {
+        didSet { server.noteBytes(bytesInFlight - oldValue) }
+    }
+    /// It has left, as far as it can tell: the server's to say.
+    var isGone = false
     private var roomSleeper: UnsafeContinuation<Void, Never>?
     private var doneSleeper: UnsafeContinuation<Void, Never>?
     private var rules: NBDRequestRules?
@@ -113,8 +118,9 @@ final class NBDConnection: @unchecked Sendable {
             var input = try NBDInput()
             if let session = try await negotiate(&input), let export {
                 await join(export)
-                // It may have been removed while the client made up its mind.
-                if let edge = export.edge { try await transmit(session, edge, &input) }
+                // It may have been removed, or changed, while the client made up its mind.
+                let edge = try export.edge(ofSize: session.export.size)
+                try await transmit(session, edge, &input)
             }
         } catch {
             if !isClosing {
@@ -124,6 +130,8 @@ final class NBDConnection: @unchecked Sendable {
                 limitClosing()
             }
         }
+        let server = server
+        server.thread.spawn { server.gone(self) }
         while requestCount > 0 {
             await withUnsafeContinuation { doneSleeper = $0 }
         }
@@ -258,7 +266,7 @@ final class NBDConnection: @unchecked Sendable {
             case .execute(let request):
                 let cost = request.payloadCount + replyBytesMax(request)
                 turnBytes += cost
-                if requestCount >= Self.requestCountMax || bytesInFlight > Self.bytesInFlightMax {
+                if requestCount >= Self.requestCountMax || bytesInFlight > bytesMax {
                     await waitForRoom()
                     if isClosing { return }
                 }
@@ -270,7 +278,7 @@ final class NBDConnection: @unchecked Sendable {
             case .refuse(let request, let code, let swallow):
                 try await input.skip(swallow, from: channel)
                 try reply(failure: code, "", to: request)
-                if bytesInFlight > Self.bytesInFlightMax { await waitForRoom() }
+                if bytesInFlight > bytesMax { await waitForRoom() }
             case .disconnect:
                 return
             case .drop(let reason):
@@ -369,17 +377,17 @@ final class NBDConnection: @unchecked Sendable {
         isCatchingUp = false
     }
 
+    private var bytesMax: Int { min(Self.bytesInFlightMax, server.clientBytesMax) }
+
     private func waitForRoom() async {
-        while !isClosing,
-            requestCount >= Self.requestCountMax || bytesInFlight > Self.bytesInFlightMax
-        {
+        while !isClosing, requestCount >= Self.requestCountMax || bytesInFlight > bytesMax {
             await withUnsafeContinuation { roomSleeper = $0 }
         }
     }
 
     private func wakeForRoom() {
         guard let sleeper = roomSleeper, requestCount < Self.requestCountMax,
-            bytesInFlight <= Self.bytesInFlightMax
+            bytesInFlight <= bytesMax
         else { return }
         roomSleeper = nil
         sleeper.resume()

@@ -20,6 +20,8 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
     private var connections: [NBDConnection] = []
     private var sleepers: [UnsafeContinuation<Void, Never>] = []
     var canMultiConnect = true
+    /// No client begins to use it any more: it is about to be removed.
+    private var isRetired = false
 
     public var userDescription: String { "NBD export '\(name)'" }
     public var connectionCount: Int { connections.count }
@@ -53,11 +55,13 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
 
     /// Takes a node for export.
     ///
+    /// - Parameter writeThrough: every write is on stable storage before it is replied to.
     /// - Throws: `readOnly` or `permissionDenied` when the node cannot be used so, and what speaks
     ///   against one of the bitmaps, which are loaded: see ``checkBitmaps(_:of:writable:)``.
     public init(
         name: String, description: String = "", node: BlockNode, writable: Bool,
-        allocationDepth: Bool = false, bitmaps: [Bitmap] = [], isFixed: Bool = false
+        allocationDepth: Bool = false, bitmaps: [Bitmap] = [], isFixed: Bool = false,
+        writeThrough: Bool = false
     ) throws(BlockError) {
         guard name.utf8.count <= NBDLimits.stringBytesMax,
             description.utf8.count <= NBDLimits.stringBytesMax
@@ -86,6 +90,7 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
             Access(
                 uses: writable ? [.consistentRead, .write] : .consistentRead,
                 shares: .all.subtracting(.resize)))
+        edge?.isWriteThrough = writeThrough
         for exported in bitmaps {
             exported.bitmap.hold(for: userDescription)
             exported.node.hold(userDescription)
@@ -189,15 +194,45 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
         for connection in connections { connection.exportResized(to: edge.size) }
     }
 
+    /// Clients that are there were told its size.
+    public var reliesOnSize: Bool { !connections.isEmpty }
+
+    /// What a client that has been told `size` sends its requests to.
+    ///
+    /// - Throws: `disconnected` when it is not for that client any more.
+    func edge(ofSize size: Int) throws(BlockError) -> Edge {
+        guard let edge, !isRetired else {
+            throw BlockError(.disconnected, "the export '\(name)' was removed")
+        }
+        guard edge.size == size else {
+            throw BlockError(
+                .disconnected, "the export '\(name)' has another size than the client was told")
+        }
+        return edge
+    }
+
+    /// No client comes in from here on, if none is there.
+    ///
+    /// - Returns: `false` when clients are there, and nothing has changed.
+    public func retireUnused() -> Bool {
+        guard connections.isEmpty else { return false }
+        isRetired = true
+        return true
+    }
+
     /// It is about to be closed: nothing holds back the requests that are waited for then.
     func beginClosing() {
         if let edge { edge.node.graph.beginDetach(edge) }
     }
 
     /// Ends its connections, waits for their requests, and lets go of the node.
-    public func close() async throws(BlockError) {
+    ///
+    /// - Parameter refusing: requests that are held back are refused: while the graph is drained they would
+    ///   be waited for in vain.
+    public func close(refusing: Bool = false) async throws(BlockError) {
         guard let edge else { return }
         beginClosing()
+        if refusing { edge.refuseRequests() }
         self.edge = nil
         for connection in connections { connection.shutdown() }
         while !connections.isEmpty {

@@ -3,6 +3,7 @@ import BlockGraph
 import BlockIO
 import BlockTLS
 import NBDProtocol
+import Synchronization
 
 /// An NBD server: listeners, exports by name, clients. Confined to its thread; each export, and the clients
 /// that use it, are on the thread of the export's node.
@@ -10,8 +11,12 @@ public final class NBDServer: @unchecked Sendable {
     public struct Options: Sendable {
         /// Clients that have not begun to use an export by then are cut off; 0 waits for ever.
         public var handshakeSeconds = 10
-        /// Clients at a time; 0 for no limit.
+        /// Clients at a time; 0 for no limit. Others wait until one leaves: they are not accepted.
         public var connectionCountMax = 100
+        /// What the requests and unsent replies of all clients may hold, in bytes. Past that each may hold
+        /// a ``clientShare``th of it, and a request.
+        public var bytesInFlightMax = 256 << 20
+        static let clientShare = 64
         /// Clients have to use TLS, and this is what they are shown; `nil` for no TLS.
         public var credentials: TLSCredentials?
         /// Whether a client may come in, by its certificate's distinguished name or its key's user
@@ -27,6 +32,9 @@ public final class NBDServer: @unchecked Sendable {
     private var exportsInOrder: [NBDExport] = []
     private(set) var connections: [NBDConnection] = []
     private var sleepers: [UnsafeContinuation<Void, Never>] = []
+    /// Listeners that wait for a client to leave.
+    private var roomSleepers: [UnsafeContinuation<Void, Never>] = []
+    private let bytesInFlight = Atomic<Int>(0)
     private var isStopped = false
     private let logger: @Sendable (String) -> Void
     /// Called when a client has left and none is there: what `qemu-nbd` ends on.
@@ -93,7 +101,10 @@ public final class NBDServer: @unchecked Sendable {
         thread.spawn { [self] in
             while !isStopped {
                 do throws(BlockError) {
+                    await untilRoom()
                     guard let socket = try await listener.accept() else { return }
+                    // One may have come to another listener meanwhile.
+                    await untilRoom()
                     serve(socket)
                 } catch {
                     // Out of descriptors, say: the clients that are there go on.
@@ -104,10 +115,51 @@ public final class NBDServer: @unchecked Sendable {
         }
     }
 
+    /// Of clients that have left, and whose requests storage still holds back: they count for themselves.
+    private static let goneCountMin = 16
+
+    private var isFull: Bool {
+        let max = options.connectionCountMax
+        guard max > 0 else { return false }
+        let goneCount = connections.count { $0.isGone }
+        return connections.count - goneCount >= max
+            || goneCount >= Swift.max(max, Self.goneCountMin)
+    }
+
+    /// Returns when another client may come, or none will.
+    private func untilRoom() async {
+        while isFull, !isStopped {
+            await withUnsafeContinuation { roomSleepers.append($0) }
+        }
+    }
+
+    private func wakeForRoom() {
+        guard !roomSleepers.isEmpty else { return }
+        let woken = roomSleepers
+        roomSleepers = []
+        for continuation in woken { continuation.resume() }
+    }
+
+    /// A client has left; its requests may be under way still.
+    func gone(_ connection: NBDConnection) {
+        connection.isGone = true
+        wakeForRoom()
+    }
+
+    /// From any thread.
+    func noteBytes(_ count: Int) {
+        bytesInFlight.wrappingAdd(count, ordering: .relaxed)
+    }
+
+    /// What one client may hold before it has to wait for itself.
+    var clientBytesMax: Int {
+        bytesInFlight.load(ordering: .relaxed) < options.bytesInFlightMax
+            ? .max : options.bytesInFlightMax / Options.clientShare
+    }
+
     /// Serves one client.
     public func serve(_ socket: Socket) {
-        let isFull =
-            options.connectionCountMax > 0 && connections.count >= options.connectionCountMax
+        let isFull = isFull
         guard !isStopped, !isFull else {
             if isFull { log("a client was turned away: \(connections.count) are there") }
             socket.close()
@@ -123,6 +175,7 @@ public final class NBDServer: @unchecked Sendable {
 
     private func left(_ connection: NBDConnection) {
         connections.removeAll { $0 === connection }
+        wakeForRoom()
         guard connections.isEmpty else { return }
         let woken = sleepers
         sleepers = []
@@ -137,6 +190,7 @@ public final class NBDServer: @unchecked Sendable {
         isStopped = true
         // Whoever is listed from here on is being stopped: nobody new comes in.
         for listener in listeners { listener.close() }
+        wakeForRoom()
         for connection in connections { connection.seat.spawn { connection.shutdown() } }
         for export in exportsInOrder { export.seat.spawn { export.beginClosing() } }
         while !connections.isEmpty {

@@ -22,7 +22,7 @@ public final class BlockDebugFilter: FilterDriver, DebugEventWatcher, @unchecked
         let continuation: UnsafeContinuation<Void, Never>
     }
 
-    private unowned let node: BlockNode
+    private let node: BlockNode
     public let child: Edge
     private let configurationPath: String?
     private var rules: DebugRules
@@ -203,6 +203,8 @@ public final class BlockDebugFilter: FilterDriver, DebugEventWatcher, @unchecked
     public func drainEnds() {
         drainCount -= 1
     }
+
+    public var simulatesStorage: Bool { true }
 
     public func close() async throws(BlockError) {
         node.eventWatcher = nil

@@ -7,7 +7,7 @@ import BlockIO
 ///
 /// A change is logged when it is done, and completes when it is logged.
 public final class BlockLogWritesFilter: FilterDriver, @unchecked Sendable {
-    private unowned let node: BlockNode
+    private let node: BlockNode
     public let child: Edge
     private let logEdge: Edge
     private let log: WriteLog

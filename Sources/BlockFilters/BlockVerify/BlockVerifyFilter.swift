@@ -11,7 +11,7 @@ import BlockIO
 /// Changes that overlap are made one after the other, and no read sees half of one, so that both
 /// images see the same order.
 public final class BlockVerifyFilter: FilterDriver, @unchecked Sendable {
-    private unowned let node: BlockNode
+    private let node: BlockNode
     /// The filtered child: `raw`.
     public let child: Edge
     private let test: Edge

@@ -7,7 +7,7 @@ import BlockIO
 /// Requests are aligned to the format's clusters above this node, by reading what is around them: what
 /// is compressed is whole clusters.
 public final class CompressFilter: FilterDriver, @unchecked Sendable {
-    private unowned let node: BlockNode
+    private let node: BlockNode
     public let child: Edge
     private let clusterSize: Int
 

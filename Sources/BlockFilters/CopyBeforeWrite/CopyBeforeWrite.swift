@@ -35,7 +35,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     /// Bytes that a copy holds in memory, however large the clusters are.
     static let pieceMax = 1 << 20
 
-    private unowned let node: BlockNode
+    private let node: BlockNode
     public let child: Edge
     let target: Edge
     let clusterSize: Int
@@ -197,13 +197,22 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     public func applyAccess(_ access: Access) {
         if !node.parents.isEmpty {
             hadUsers = true
-        } else if hadUsers {
-            // From here on the disk may change past this node: what still waits is not frozen.
-            breakSnapshot(BlockError(.cancelled, "the last user of the node left"))
+        } else if !node.isInTransaction {
+            breakIfUnused()
         }
     }
 
-    public func checkReplacement(of edge: Edge) throws(BlockError) {
+    public func transactionEnds() {
+        breakIfUnused()
+    }
+
+    /// Without users the disk may change past this node: what still waits is not frozen.
+    private func breakIfUnused() {
+        guard hadUsers, node.parents.isEmpty else { return }
+        breakSnapshot(BlockError(.cancelled, "the last user of the node left"))
+    }
+
+    public func checkReplacement(of edge: Edge, with node: BlockNode) throws(BlockError) {
         throw BlockError(
             .unsupported,
             "the snapshot is made of this '\(edge.name)': no other can take its place",
@@ -263,16 +272,18 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         try await child.flush()
     }
 
-    /// A failed flush may have lost copies that were made before: no failed guest request brings them
-    /// back, so that the snapshot is broken whatever the policy. One that is late has lost nothing
-    /// yet, and goes on by itself.
+    /// A flush that failed in storage may have lost copies that were made before: no failed guest request
+    /// brings them back, so that the snapshot is broken whatever the policy. One that is late, or found
+    /// no space for the tables of copies that never came about, has lost nothing: the snapshot goes
+    /// on, unless it is to be broken by the first failure.
     private func flushTarget() async {
         do throws(BlockError) {
             try await withDeadline { () throws(BlockError) in
                 do throws(BlockError) {
                     try await self.target.flush()
                 } catch {
-                    self.breakSnapshot(error)
+                    if self.target.node.hasLostWrites { self.breakSnapshot(error) }
+                    throw error
                 }
             }
         } catch {
@@ -321,7 +332,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
                         + "keeps the snapshot"),
             node: node.name)
         // Nothing is to be copied any more.
-        waiting.clear(0..<waiting.count)
+        waiting = ClusterBitmap(count: waiting.count)
         // Nor does anybody wait for a copy that may never end.
         locks.wake()
         wakeSettling()

@@ -17,7 +17,7 @@ public final class CopyOnRead: FilterDriver, @unchecked Sendable {
     private static let chunkBytesMax = 1 << 20
     private static let holdReason = "bottom of copy-on-read"
 
-    private unowned let node: BlockNode
+    private let node: BlockNode
     public let child: Edge
     /// The lowest layer that is copied from; `nil`: all are.
     private let bottom: BlockNode?

@@ -15,7 +15,7 @@ import BlockIO
 /// 4. When the last user who could write leaves, and at the latest when the node closes, the file ends
 ///    where the data does.
 public final class PreallocateFilter: FilterDriver, @unchecked Sendable {
-    private unowned let node: BlockNode
+    private let node: BlockNode
     public let child: Edge
     /// The file's end is a multiple of this.
     private let alignment: Int

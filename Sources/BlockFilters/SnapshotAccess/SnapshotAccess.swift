@@ -48,7 +48,7 @@ public final class SnapshotAccess: BlockDriver, @unchecked Sendable {
         .none
     }
 
-    public func checkReplacement(of edge: Edge) throws(BlockError) {
+    public func checkReplacement(of edge: Edge, with node: BlockNode) throws(BlockError) {
         throw BlockError(
             .unsupported, "the snapshot that a node gives access to stays the same",
             remedy: "open another snapshot-access node")

@@ -159,6 +159,11 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
         try checkKey(access)
     }
 
+    /// The external data file belongs to the tables, as they do to the file.
+    public func checkReplacement(of edge: Edge, with node: BlockNode) throws(BlockError) {
+        if edge === file || edge === data { try edge.requireSameBytes(in: node) }
+    }
+
     /// The file below grows when this driver grows it: the node's size does not follow.
     public func childResized(_ edge: Edge) {}
 

@@ -4,7 +4,7 @@ import BlockGraph
 /// What all parts of an open image share: its file, header and L1 table, and whether it may be
 /// written. Confined to the graph's thread.
 final class QCOW2Image {
-    unowned let node: BlockNode
+    let node: BlockNode
     let file: Edge
     var header: QCOW2.Header
     let geometry: QCOW2.Geometry

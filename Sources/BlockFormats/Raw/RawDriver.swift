@@ -94,6 +94,8 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
         node.limits = limits
     }
 
+    public var wholeChild: Edge? { window.offset == 0 && window.size == nil ? file : nil }
+
     public func childResized(_ edge: Edge) {
         takeSize()
     }

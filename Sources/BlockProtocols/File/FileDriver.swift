@@ -15,6 +15,8 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
     let node: BlockNode
     var file: File
     let isDevice: Bool
+    /// The same for all openings of a file.
+    private let identity: FileIdentity
     var locks: ImageLocks?
     /// Set between the two steps of a reopening.
     var reopening: FileReopening?
@@ -42,6 +44,7 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
         self.node = node
         self.file = file
         self.isDevice = isDevice
+        identity = status.identity
         self.locks = locks
         fileSize = status.size
         canFindHoles = !isDevice
@@ -352,6 +355,10 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
             try? await file.setSize(old)
             throw error
         }
+    }
+
+    public func isSameStorage(as other: any BlockDriver) -> Bool {
+        (other as? FileDriver)?.identity == identity
     }
 
     // MARK: Access

@@ -112,7 +112,7 @@ extension StorageDaemon {
         try reader.finish()
         let bitmap = try await node.makeDirtyBitmap(
             named: name, granularity: granularity, persistent: isPersistent, enabled: !isDisabled)
-        return Undo(atOnce: { () throws(BlockError) in node.removeDirtyBitmap(bitmap) })
+        return Undo(step: { () throws(BlockError) in node.removeDirtyBitmap(bitmap) })
     }
 
     private func remove(_ node: BlockNode, _ reader: OptionReader) throws(BlockError) -> Undo {
@@ -121,7 +121,7 @@ extension StorageDaemon {
         try bitmap.check([.busy, .readOnly])
         node.removeDirtyBitmap(bitmap)
         return Undo(
-            atOnce: { () throws(BlockError) in try node.addDirtyBitmap(bitmap) },
+            step: { () throws(BlockError) in try node.addDirtyBitmap(bitmap) },
             finish: { () throws(BlockError) in try await node.discardDirtyBitmap(bitmap) })
     }
 
@@ -130,7 +130,7 @@ extension StorageDaemon {
         try reader.finish()
         let before = bitmap.contents
         try await node.clearDirtyBitmap(bitmap)
-        return Undo(atOnce: { () throws(BlockError) in bitmap.contents = before })
+        return Undo(step: { () throws(BlockError) in bitmap.contents = before })
     }
 
     private func enable(
@@ -140,7 +140,7 @@ extension StorageDaemon {
         try reader.finish()
         let was = bitmap.isEnabled
         try await node.setDirtyBitmap(bitmap, enabled: isEnabled)
-        return Undo(atOnce: { () throws(BlockError) in bitmap.isEnabled = was })
+        return Undo(step: { () throws(BlockError) in bitmap.isEnabled = was })
     }
 
     private func merge(_ node: BlockNode, _ reader: OptionReader) async throws(BlockError) -> Undo {
@@ -153,7 +153,7 @@ extension StorageDaemon {
         for value in list { sources.append(try await dirtyBitmap(value, defaultNode: node)) }
         let before = bitmap.contents
         try await node.mergeDirtyBitmaps(sources, into: bitmap)
-        return Undo(atOnce: { () throws(BlockError) in bitmap.contents = before })
+        return Undo(step: { () throws(BlockError) in bitmap.contents = before })
     }
 
     /// The bitmap that a name on `defaultNode`, or an object with `node` and `name`, stands for; a copy of

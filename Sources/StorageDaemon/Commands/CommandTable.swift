@@ -99,6 +99,8 @@ extension StorageDaemon {
                 features: ["unstable"]),
             StorageDaemon.blockdevAmend),
         DaemonCommand(
+            CommandSchema("job-cancel", .required("id", .string)), StorageDaemon.jobCancel),
+        DaemonCommand(
             CommandSchema("job-dismiss", .required("id", .string)), StorageDaemon.jobDismiss),
         DaemonCommand(
             CommandSchema(
@@ -182,6 +184,9 @@ extension StorageDaemon {
             CommandSchema(
                 "query-jobs", result: .array(.named("JobInfo")), allowsOutOfBand: true),
             StorageDaemon.queryJobs),
+        DaemonCommand(
+            CommandSchema("query-block-jobs", result: .array(.any)),
+            StorageDaemon.queryBlockJobs),
         DaemonCommand(
             CommandSchema(
                 "x-debug-query-block-graph", result: .named("XDbgBlockGraph"),

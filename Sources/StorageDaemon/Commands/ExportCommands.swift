@@ -62,14 +62,12 @@ extension StorageDaemon {
     func nbdServerStop(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let server = try requireServer()
         nbdServer = nil
-        let gone = exports
-        exports = []
-        defer {
-            for record in gone {
-                emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)])
-            }
+        let gone = exports.filter { !$0.isClosing }
+        for record in gone { record.isClosing = true }
+        try await end("nbd-server-stop") { [self] () throws(BlockError) in
+            defer { for record in gone { isGone(record) } }
+            try await server.stop()
         }
-        try await server.stop()
         return [:]
     }
 
@@ -101,6 +99,7 @@ extension StorageDaemon {
                 .unsupported, "there is no export type '\(type)'", remedy: "use type=nbd")
         }
         let identifier = try reader.required("id")
+        try Self.checkIdentifier(identifier, of: "an export")
         let nodeName = try reader.required("node-name")
         let name = try reader.string("name") ?? nodeName
         let description = try reader.string("description") ?? ""
@@ -110,14 +109,13 @@ extension StorageDaemon {
         let home = try reader.string("iothread").map { name throws(BlockError) in
             try requireThread(name).graph
         }
-        if try reader.bool("writethrough") == true {
-            throw BlockError(.unsupported, "writethrough exports are not supported yet")
-        }
+        let writeThrough = try reader.bool("writethrough") ?? false
         let bitmaps = try reader.list("bitmaps") ?? []
         try reader.finish()
         try await addExport(
             identifier: identifier, nodeName: nodeName, name: name, description: description,
-            writable: writable, depth: depth, bitmaps: bitmaps, home: home, isFixed: isFixed)
+            writable: writable, depth: depth, bitmaps: bitmaps, home: home, isFixed: isFixed,
+            writeThrough: writeThrough)
         return [:]
     }
 
@@ -125,7 +123,8 @@ extension StorageDaemon {
     ///   - home: where the node moves first; where it cannot, that is an error only if `isFixed`.
     private func addExport(
         identifier: String, nodeName: String, name: String, description: String, writable: Bool,
-        depth: Bool, bitmaps: [JSONValue], home: BlockGraph? = nil, isFixed: Bool = false
+        depth: Bool, bitmaps: [JSONValue], home: BlockGraph? = nil, isFixed: Bool = false,
+        writeThrough: Bool = false
     ) async throws(BlockError) {
         let server = try requireServer()
         guard !exports.contains(where: { $0.identifier == identifier }) else {
@@ -143,10 +142,11 @@ extension StorageDaemon {
             for found in exported { await found.bitmap.load() }
             return try NBDExport(
                 name: name, description: description, node: node, writable: writable,
-                allocationDepth: depth, bitmaps: exported, isFixed: isFixed)
+                allocationDepth: depth, bitmaps: exported, isFixed: isFixed,
+                writeThrough: writeThrough)
         }
         try server.add(export)
-        exports.append(ExportRecord(identifier, export))
+        exports.append(ExportRecord(identifier, export, of: nodeName))
     }
 
     /// A dirty bitmap by its name, on `node` or below it, or by its node's name and its own.
@@ -182,21 +182,44 @@ extension StorageDaemon {
         }
     }
 
+    /// Removes an export: no client finds it from here on, and it is gone, which an event tells, when the
+    /// requests of those that used it have ended.
     private func remove(_ record: ExportRecord, hard: Bool) async throws(BlockError) {
         let export = record.export
-        let isUsed = try await export.seat.visit { () throws(BlockError) in
-            export.connectionCount > 0
+        guard !record.isClosing else {
+            throw BlockError(.busy, "export '\(record.identifier)' is going away already")
         }
-        guard hard || !isUsed else {
+        let isFree = try await export.seat.visit { () throws(BlockError) in
+            hard || export.retireUnused()
+        }
+        guard isFree else {
             throw BlockError(
                 .busy, "export '\(record.identifier)' has clients",
                 remedy: "wait for them, or use mode=hard")
         }
-        nbdServer?.remove(record.export)
+        nbdServer?.remove(export)
+        record.isClosing = true
+        try await end("removing export '\(record.identifier)'") { [self] () throws(BlockError) in
+            // It is gone, whether or not all of it could be made durable.
+            defer { isGone(record) }
+            try await export.seat.visit { () throws(BlockError) in try await export.close() }
+        }
+    }
+
+    /// Removes an export that was added while the graph is drained, and still is.
+    func takeBack(_ record: ExportRecord) async throws(BlockError) {
+        let export = record.export
+        nbdServer?.remove(export)
+        record.isClosing = true
+        defer { isGone(record) }
+        try await export.seat.visit { () throws(BlockError) in
+            try await export.close(refusing: true)
+        }
+    }
+
+    private func isGone(_ record: ExportRecord) {
         exports.removeAll { $0 === record }
-        // It is gone, whether or not all of it could be made durable.
-        defer { emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)]) }
-        try await export.seat.visit { () throws(BlockError) in try await export.close() }
+        emit("BLOCK_EXPORT_DELETED", ["id": .string(record.identifier)])
     }
 
     /// `nbd-server-add`: an export whose identifier is its name.
@@ -235,8 +258,9 @@ extension StorageDaemon {
             let node = try await export.seat.visit { () throws(BlockError) in export.edge?.node.name
             }
             result.append([
-                "id": .string(record.identifier), "type": "nbd", "node-name": .string(node ?? ""),
-                "shutting-down": .bool(node == nil),
+                "id": .string(record.identifier), "type": "nbd",
+                "node-name": .string(node ?? record.nodeName),
+                "shutting-down": .bool(record.isClosing),
             ])
         }
         return .array(result)

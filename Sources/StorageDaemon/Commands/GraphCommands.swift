@@ -23,8 +23,13 @@ extension StorageDaemon {
         let reader = try OptionReader(arguments, of: "blockdev-del")
         let name = try reader.required("node-name")
         try reader.finish()
-        try await onThread(of: name) { node throws(BlockError) in
-            try await node.graph.remove(node)
+        let (graph, removal) = try await onThread(of: name) { node throws(BlockError) in
+            (node.graph, try node.graph.beginRemoval(of: node))
+        }
+        try await end("removing node '\(name)'") { () throws(BlockError) in
+            try await graph.thread.visit { () throws(BlockError) in
+                try await graph.finish(removal)
+            }
         }
         return [:]
     }

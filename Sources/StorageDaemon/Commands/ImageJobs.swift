@@ -23,8 +23,26 @@ final class ImageJob: @unchecked Sendable {
 }
 
 extension StorageDaemon {
+    /// What commands name exports, jobs and objects by: a letter, then letters, digits, `-`, `.`, `_`.
+    static func checkIdentifier(_ identifier: String, of what: String) throws(BlockError) {
+        let bytes = Array(identifier.utf8)
+        func isLetter(_ byte: UInt8) -> Bool { (0x61...0x7a).contains(byte | 0x20) }
+        let isWellFormed =
+            bytes.first.map(isLetter) ?? false
+            && bytes.allSatisfy { byte in
+                isLetter(byte) || (0x30...0x39).contains(byte) || [0x2d, 0x2e, 0x5f].contains(byte)
+            }
+        guard isWellFormed, bytes.count <= Limits.nameLengthMax else {
+            throw BlockError(
+                .invalidArgument, "'\(identifier)' is no valid identifier of \(what)",
+                remedy: "begin with a letter, go on with letters, digits, '-', '.', '_'; "
+                    + "\(Limits.nameLengthMax) characters at most")
+        }
+    }
+
     /// - Throws: `alreadyExists`, or `exhausted` where no more jobs are taken.
     func checkJobName(_ identifier: String) throws(BlockError) {
+        try Self.checkIdentifier(identifier, of: "a job")
         guard !jobs.contains(where: { $0.identifier == identifier }) else {
             throw BlockError(.alreadyExists, "there is a job '\(identifier)' already")
         }
@@ -72,6 +90,25 @@ extension StorageDaemon {
                 if let failure = job.failure { result["error"] = .string(failure.description) }
                 return .object(result)
             })
+    }
+
+    /// `query-block-jobs`: jobs on the devices of guests, of which there are none here.
+    func queryBlockJobs(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        []
+    }
+
+    /// `job-cancel`. What makes or changes an image runs to its end: half of it would be of no use.
+    func jobCancel(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
+        let reader = try OptionReader(arguments, of: "job-cancel")
+        let identifier = try reader.required("id")
+        try reader.finish()
+        guard let job = jobs.first(where: { $0.identifier == identifier }) else {
+            throw BlockError(.notFound, "there is no job '\(identifier)'")
+        }
+        throw BlockError(
+            .unsupported,
+            "job '\(identifier)' in state '\(job.status)' cannot be cancelled",
+            remedy: "it ends by itself; job-dismiss it when it has concluded")
     }
 
     /// `job-dismiss`.

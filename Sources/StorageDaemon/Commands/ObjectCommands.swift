@@ -42,9 +42,7 @@ extension StorageDaemon {
         }
         let identifier = try reader.required("id")
         reader.subject = "object '\(identifier)' (\(kind.rawValue))"
-        guard !identifier.isEmpty, identifier.utf8.count <= Limits.nameLengthMax else {
-            throw BlockError(.invalidArgument, "an object needs an identifier")
-        }
+        try Self.checkIdentifier(identifier, of: "an object")
         guard objects[identifier] == nil else {
             throw BlockError(.alreadyExists, "there is an object '\(identifier)' already")
         }

@@ -19,7 +19,12 @@ extension StorageDaemon {
         var result: [JSONValue] = []
         try await onEachThread { graph throws(BlockError) in
             for node in graph.nodes where node.isReady {
-                result.append(try await describe(node, flat: flat))
+                do throws(BlockError) {
+                    result.append(try await describe(node, flat: flat))
+                } catch {
+                    // It may have been closed meanwhile: then there is nothing to tell of it.
+                    if node.isReady { throw error }
+                }
             }
         }
         return .array(result)
@@ -48,6 +53,7 @@ extension StorageDaemon {
         if let backing = node.backing {
             result["backing_file"] = .string(backing.node.driver.filename)
         }
+        result["x-holders"] = .array(node.holders.map { .string($0) })
         if !node.dirtyBitmaps.isEmpty {
             for bitmap in node.dirtyBitmaps { await bitmap.load() }
             result["dirty-bitmaps"] = .array(node.dirtyBitmaps.map(\.description))

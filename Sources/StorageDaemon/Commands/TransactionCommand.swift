@@ -33,39 +33,29 @@ extension StorageDaemon {
         }
         try reader.finish()
         // What nobody uses after an action stays until the transaction is through: it may be undone.
-        let hold = BlockGraph.transactionHold
-        try await onEachThread { graph in for node in graph.nodes { node.hold(hold) } }
+        try await onEachThread { graph in graph.beginTransaction() }
         let result: Result<JSONValue, BlockError>
         do throws(BlockError) {
             result = .success(try await carryOut(actions))
         } catch {
             result = .failure(error)
         }
-        try await onEachThread { graph in for node in graph.nodes { node.release(hold) } }
+        try await onEachThread { graph in graph.endTransaction() }
         return try result.get()
     }
 
     private func carryOut(_ actions: [JSONValue]) async throws(BlockError) -> JSONValue {
-        var cleanUp: [Undo.Step] = []
         var done: [Undo] = []
-        do throws(BlockError) {
-            try await drained { () throws(BlockError) in
+        try await drained { () throws(BlockError) in
+            var failure: BlockError?
+            do throws(BlockError) {
                 var rest = actions[...]
-                while !rest.isEmpty {
-                    do throws(BlockError) {
-                        done += try await carryOutNext(&rest)
-                    } catch {
-                        for undo in done.reversed() {
-                            try? await undo.atOnce()
-                            cleanUp.append(undo.afterwards)
-                        }
-                        throw error
-                    }
-                }
+                while !rest.isEmpty { try await carryOutNext(&rest, &done) }
+            } catch {
+                failure = await undo(done, after: error)
             }
-        } catch {
-            for step in cleanUp { try? await step() }
-            throw error
+            try await onEachThread { graph in graph.settleTransaction() }
+            if let failure { throw failure }
         }
         // The actions have taken effect: each is finished, whatever becomes of the others.
         var failure: BlockError?
@@ -74,6 +64,25 @@ extension StorageDaemon {
         }
         if let failure { throw failure }
         return [:]
+    }
+
+    /// Undoes actions, last one first: each finds the graph as its action left it.
+    ///
+    /// - Returns: what the client is told: why, and what could not be undone.
+    private func undo(_ done: [Undo], after error: BlockError) async -> BlockError {
+        var remains: [String] = []
+        for undo in done.reversed() {
+            do throws(BlockError) {
+                try await undo.step()
+            } catch {
+                log("transaction: '\(undo.action)' could not be undone: \(error)")
+                remains.append("'\(undo.action)' could not be undone: \(error.message)")
+            }
+        }
+        if remains.isEmpty { return error }
+        return BlockError(
+            error.code, ([error.message] + remains).joined(separator: "; "), remedy: error.remedy,
+            node: error.node)
     }
 
     /// Runs `body` while no request is in flight anywhere.
@@ -95,10 +104,10 @@ extension StorageDaemon {
     /// What undoes an action, or finishes it.
     struct Undo {
         typealias Step = () async throws(BlockError) -> Void
-        /// While guests are still held back: what they would notice.
-        var atOnce: Step = { () throws(BlockError) in }
-        /// When they go on again: an export's clients may wait for requests that are held back.
-        var afterwards: Step = { () throws(BlockError) in }
+        /// As errors name the action.
+        var action = ""
+        /// Undoes it, while guests are held back.
+        var step: Step = { () throws(BlockError) in }
         /// Once nothing will be undone any more: what cannot be.
         var finish: Step = { () throws(BlockError) in }
 
@@ -107,41 +116,41 @@ extension StorageDaemon {
             func moved(_ step: @escaping Step) -> Step {
                 { () throws(BlockError) in try await seat.visit(step) }
             }
-            return Undo(
-                atOnce: moved(atOnce), afterwards: moved(afterwards), finish: moved(finish))
+            return Undo(action: action, step: moved(step), finish: moved(finish))
         }
     }
 
     /// Carries out the next action, or all replacements that stand in a row: their permissions are
     /// worked out together, for users of one node that move to another one after the other conflict.
+    ///
+    /// - Parameter done: gets what undoes what was done, also where it throws.
     private func carryOutNext(
-        _ actions: inout ArraySlice<JSONValue>
-    ) async throws(BlockError) -> [Undo] {
+        _ actions: inout ArraySlice<JSONValue>, _ done: inout [Undo]
+    ) async throws(BlockError) {
         var requests: [ReplacementRequest] = []
         while let action = actions.first, action["type"] == "blockdev-replace" {
             actions.removeFirst()
             requests.append(try ReplacementRequest(action["data"] ?? [:], self))
         }
-        if requests.isEmpty { return [try await carryOut(actions.removeFirst())] }
-        var done: [Undo] = []
-        do throws(BlockError) {
-            // Thread by thread. A node that comes from another one may take others along: look again.
-            while let first = requests.first {
-                let graph = try await graph(of: first)
-                var own: [ReplacementRequest] = []
-                var others: [ReplacementRequest] = []
-                for request in requests {
-                    let isOwn = try await self.graph(of: request) === graph
-                    if isOwn { own.append(request) } else { others.append(request) }
-                }
-                done.append(try await replace(own, in: graph))
-                requests = others
-            }
-        } catch {
-            for undo in done.reversed() { try? await undo.atOnce() }
-            throw error
+        if requests.isEmpty {
+            let action = actions.removeFirst()
+            var undo = try await carryOut(action)
+            if case .string(let type)? = action["type"] { undo.action = type }
+            done.append(undo)
+            return
         }
-        return done
+        // Thread by thread. A node that comes from another one may take others along: look again.
+        while let first = requests.first {
+            let graph = try await graph(of: first)
+            var own: [ReplacementRequest] = []
+            var others: [ReplacementRequest] = []
+            for request in requests {
+                let isOwn = try await self.graph(of: request) === graph
+                if isOwn { own.append(request) } else { others.append(request) }
+            }
+            done.append(try await replace(own, in: graph))
+            requests = others
+        }
     }
 
     private func replace(
@@ -152,13 +161,15 @@ extension StorageDaemon {
             for request in requests { replacements.append(try await request.resolve(in: graph)) }
             let undo = replacements.map { Replacement(edge: $0.edge, node: $0.edge.node) }
             try Replacement.carryOut(replacements, in: graph)
-            return Undo(atOnce: { () throws(BlockError) in
-                for replacement in undo { try await Self.fetch(replacement) }
-                guard let seat = undo.first?.edge.node.seat else { return }
-                try await seat.visit { () throws(BlockError) in
-                    try Replacement.carryOut(undo, in: undo[0].edge.node.graph)
-                }
-            })
+            return Undo(
+                action: "blockdev-replace",
+                step: { () throws(BlockError) in
+                    for replacement in undo { try await Self.fetch(replacement) }
+                    guard let seat = undo.first?.edge.node.seat else { return }
+                    try await seat.visit { () throws(BlockError) in
+                        try Replacement.carryOut(undo, in: undo[0].edge.node.graph)
+                    }
+                })
         }
     }
 
@@ -180,17 +191,17 @@ extension StorageDaemon {
         switch type {
         case "blockdev-add":
             let node = try await addNode(data)
-            return Undo(afterwards: { () throws(BlockError) in try await node.graph.remove(node) })
+            return Undo(step: { () throws(BlockError) in try await node.graph.remove(node) })
                 .on(node.seat)
         case "block-export-add":
             let identifier = try OptionReader(data, of: type).required("id")
             _ = try await blockExportAdd(data)
-            return Undo(afterwards: { [self] () throws(BlockError) in
-                _ = try await blockExportDel(["id": .string(identifier), "mode": "hard"])
+            return Undo(step: { [self] () throws(BlockError) in
+                try await takeBack(try requireExport(identifier))
             })
         case "blockdev-snapshot-internal-sync":
             let (node, snapshot) = try await createInternalSnapshot(data)
-            return Undo(atOnce: { () throws(BlockError) in
+            return Undo(step: { () throws(BlockError) in
                 try await node.graph.deleteSnapshot(snapshot.identifier, of: node)
             }).on(node.seat)
         case "abort":

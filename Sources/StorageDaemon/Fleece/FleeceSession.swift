@@ -22,6 +22,8 @@ public struct FleeceSession: Sendable {
     var filterName: String { "fleece-\(tag)-filter" }
     private var accessName: String { "fleece-\(tag)-frozen" }
     private var temporaryName: String { "fleece-\(tag)-temp" }
+    /// The file's, while the image in it is made.
+    private var newName: String { "fleece-\(tag)-new" }
     private var exportIdentifier: String { "fleece-\(tag)" }
     /// Node names are short: a long name is cut, and told apart by a checksum (FNV-1a).
     private var tag: String {
@@ -43,10 +45,25 @@ public struct FleeceSession: Sendable {
         /// Seconds that a guest's write waits for a copy at most; 0 for no limit.
         public var timeoutSeconds = 0
         public var temporaryFormat = "raw"
+        /// Whose the temporary image becomes; `nil` for whoever makes it.
+        public var owner: Owner?
 
         public init() {}
     }
 
+    /// A user and a group of the system.
+    public struct Owner: Sendable {
+        public var user: UInt32
+        public var group: UInt32
+
+        public init(user: UInt32, group: UInt32) {
+            self.user = user
+            self.group = group
+        }
+    }
+
+    /// - Parameter temporaryPath: of a file that is not there yet; absolute, for the daemon has a working
+    ///   directory of its own.
     public init(
         of disk: String, exportName: String?, temporaryPath: String, executor: any QMPExecutor
     ) {
@@ -62,16 +79,23 @@ public struct FleeceSession: Sendable {
     ///
     /// - Throws: with everything taken down again that was set up.
     public func begin(_ options: Options) async throws(BlockError) {
-        let size = try await sizeOfDisk()
+        let size = try await size(of: disk)
         // Nothing that was there before is touched when this fails.
-        let taken = try await nodeNames().intersection([filterName, accessName, temporaryName])
+        let taken = try await nodeNames().intersection([
+            filterName, accessName, temporaryName, newName,
+        ])
         guard taken.isEmpty else {
             throw BlockError(
                 .alreadyExists, "a frozen view of '\(disk)' is held already",
                 remedy: "end it with --stop, or with Ctrl-C where it was begun")
         }
+        guard temporaryPath.hasPrefix("/") else {
+            throw BlockError(
+                .invalidArgument, "the temporary image's path is not absolute: '\(temporaryPath)'")
+        }
+        let file = try FleeceFile(making: temporaryPath, for: options.owner)
         do throws(BlockError) {
-            try await makeTemporary(size, options)
+            try await makeTemporary(in: file, size, options)
             let exports = try await exportsOfDisk()
             var actions: [JSONValue] = [["type": "blockdev-add", "data": filter(options)]]
             actions += moves(of: exports, to: filterName)
@@ -92,6 +116,7 @@ public struct FleeceSession: Sendable {
                 ])
         } catch {
             try? await end()
+            file.remove()
             throw error
         }
     }
@@ -105,35 +130,51 @@ public struct FleeceSession: Sendable {
         ]
     }
 
-    private func makeTemporary(_ size: Int, _ options: Options) async throws(BlockError) {
+    private func makeTemporary(
+        in file: FleeceFile, _ size: Int, _ options: Options
+    ) async throws(BlockError) {
+        try await checkDaemonSees(file)
         let isRaw = options.temporaryFormat == "raw"
-        try await create([
-            "driver": "file", "filename": .string(temporaryPath),
-            "size": .integer(isRaw ? size : 0),
-        ])
-        let file: JSONValue = ["driver": "file", "filename": .string(temporaryPath)]
+        try file.setSize(isRaw ? size : 0)
         if !isRaw {
-            _ = try await executor.execute(
-                "blockdev-add",
-                ["driver": "file", "node-name": "fleece-new", "filename": .string(temporaryPath)])
-            do throws(BlockError) {
-                try await create([
-                    "driver": .string(options.temporaryFormat), "file": "fleece-new",
-                    "size": .integer(size),
-                ])
-            } catch {
-                _ = try? await executor.execute("blockdev-del", ["node-name": "fleece-new"])
-                throw error
-            }
-            _ = try await executor.execute("blockdev-del", ["node-name": "fleece-new"])
+            _ = try await executor.execute("blockdev-add", newNode(readOnly: false))
+            try await create([
+                "driver": .string(options.temporaryFormat), "file": .string(newName),
+                "size": .integer(size),
+            ])
+            _ = try await executor.execute("blockdev-del", ["node-name": .string(newName)])
         }
+        let storage: JSONValue = ["driver": "file", "filename": .string(temporaryPath)]
         // What the temporary image holds ends with the process: nothing of it needs to be flushed.
         _ = try await executor.execute(
             "blockdev-add",
             [
                 "driver": .string(options.temporaryFormat), "node-name": .string(temporaryName),
-                "file": file, "discard": "unmap", "cache": ["no-flush": true],
+                "file": storage, "discard": "unmap", "cache": ["no-flush": true],
             ])
+    }
+
+    /// The daemon may see other folders than this process does. It is asked for the size of the file, which
+    /// is made one that no other has by chance, before anything is written through it.
+    private func checkDaemonSees(_ file: FleeceFile) async throws(BlockError) {
+        let mark = Int.random(in: 1..<1 << 21) * 512
+        try file.setSize(mark)
+        _ = try await executor.execute("blockdev-add", newNode(readOnly: true))
+        let seen = try await size(of: newName)
+        _ = try await executor.execute("blockdev-del", ["node-name": .string(newName)])
+        guard seen == mark else {
+            throw BlockError(
+                .permissionDenied,
+                "the daemon sees another file at '\(temporaryPath)' than the one that was made there",
+                remedy: "name a temporary image in a folder that is the same for both")
+        }
+    }
+
+    private func newNode(readOnly: Bool) -> JSONValue {
+        [
+            "driver": "file", "node-name": .string(newName), "filename": .string(temporaryPath),
+            "read-only": .bool(readOnly),
+        ]
     }
 
     private func create(_ options: JSONValue) async throws(BlockError) {
@@ -156,22 +197,22 @@ public struct FleeceSession: Sendable {
         }
     }
 
-    private func sizeOfDisk() async throws(BlockError) -> Int {
+    private func size(of name: String) async throws(BlockError) -> Int {
         guard
             case .array(let nodes) = try await executor.execute(
                 "query-named-block-nodes", ["flat": true])
         else { throw BlockError(.protocolViolation, "the daemon lists no nodes") }
-        guard let node = nodes.first(where: { $0["node-name"] == .string(disk) }) else {
+        guard let node = nodes.first(where: { $0["node-name"] == .string(name) }) else {
             let names = nodes.compactMap { node -> String? in
                 if case .string(let name)? = node["node-name"], !name.hasPrefix("#") { return name }
                 return nil
             }
             throw BlockError(
-                .notFound, "the daemon has no node '\(disk)'",
+                .notFound, "the daemon has no node '\(name)'",
                 remedy: "it has \(names.joined(separator: ", "))")
         }
         guard case .integer(let size)? = node["image"]?["virtual-size"] else {
-            throw BlockError(.protocolViolation, "the daemon does not tell the size of '\(disk)'")
+            throw BlockError(.protocolViolation, "the daemon does not tell the size of '\(name)'")
         }
         return size
     }
@@ -242,8 +283,8 @@ public struct FleeceSession: Sendable {
             }
             await attempt("blockdev-del", ["node-name": .string(filterName)])
         }
-        if names.contains(temporaryName) {
-            await attempt("blockdev-del", ["node-name": .string(temporaryName)])
+        for name in [temporaryName, newName] where names.contains(name) {
+            await attempt("blockdev-del", ["node-name": .string(name)])
         }
         if let failure { throw failure }
     }

@@ -5,8 +5,8 @@ import QMP
 /// One QMP client. Confined to its thread.
 ///
 /// Three tasks: one receives bytes, one runs commands in their order, one sends. Bounded: bytes are
-/// received only while the session has room, and a command waits while replies have not left. A
-/// client that lets events pile up is cut off.
+/// received only while the session has room and replies leave, and commands wait while replies have
+/// not left, those out of band too. A client that lets events pile up is cut off.
 final class MonitorConnection: @unchecked Sendable {
     /// Replies that have not left, in bytes: above, no further command is run.
     static let replyBytesMax = 1 << 20
@@ -18,11 +18,18 @@ final class MonitorConnection: @unchecked Sendable {
     private let daemon: StorageDaemon
     private var session: QMPSession
     private var output: [UInt8] = []
+    /// Of the output, what has been handed over and has not left yet.
+    private var sendingBytes = 0
     private var isSending = false
     private var isInputOver = false
     private var isBroken = false
     private var isEnding = false
     private var outOfBandCount = 0
+    /// Commands out of band that run at a time.
+    private static let outOfBandCountMax = 16
+
+    private var unsentBytes: Int { output.count + sendingBytes }
+    private var takesReplies: Bool { unsentBytes <= Self.replyBytesMax }
 
     private let room = WakeUp()
     private let work = WakeUp()
@@ -74,8 +81,9 @@ final class MonitorConnection: @unchecked Sendable {
         do throws(BlockError) {
             let buffer = try IOVector(allocating: 16 << 10)
             while !isEnding, !isBroken {
-                guard session.wantsBytes else {
+                guard session.wantsBytes, takesReplies else {
                     await room.wait()
+                    runOutOfBand()
                     continue
                 }
                 let count = try await channel.receive(buffer)
@@ -93,7 +101,7 @@ final class MonitorConnection: @unchecked Sendable {
 
     private func runCommands() async {
         while !isBroken {
-            if output.count > Self.replyBytesMax {
+            if !takesReplies {
                 await progress.wait()
                 continue
             }
@@ -109,12 +117,15 @@ final class MonitorConnection: @unchecked Sendable {
     }
 
     private func runOutOfBand() {
-        while let step = session.nextOutOfBand() {
+        while takesReplies, outOfBandCount < Self.outOfBandCountMax,
+            let step = session.nextOutOfBand()
+        {
             outOfBandCount += 1
             thread.spawn { [self] in
                 await carryOut(step)
                 outOfBandCount -= 1
                 progress.wake()
+                room.wake()
             }
         }
     }
@@ -137,7 +148,7 @@ final class MonitorConnection: @unchecked Sendable {
 
     func sendEvent(_ name: String, _ data: JSONValue, microseconds: Int) {
         guard let bytes = session.event(name, data, microseconds: microseconds) else { return }
-        guard output.count + bytes.count <= Self.outputBytesMax else { return abort() }
+        guard unsentBytes + bytes.count <= Self.outputBytesMax else { return abort() }
         send(bytes)
     }
 
@@ -159,12 +170,16 @@ final class MonitorConnection: @unchecked Sendable {
             do throws(BlockError) {
                 let memory = try IOVector(allocating: output.count)
                 output.withUnsafeBytes { memory.copy(from: $0) }
+                sendingBytes = output.count
                 output = []
                 try await channel.send(memory)
+                sendingBytes = 0
             } catch {
+                sendingBytes = 0
                 return abort()
             }
             progress.wake()
+            room.wake()
         }
     }
 }

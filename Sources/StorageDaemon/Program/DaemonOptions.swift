@@ -127,8 +127,9 @@ public struct DaemonOptions: Sendable {
           -h, --help              Show this and end.
           -V, --version           Show the version and end.
           --object TYPE,id=ID[,PROPERTY=VALUE…]
-                                  Make an object: secret, tls-creds-x509, tls-creds-psk,
-                                  authz-simple, iothread.
+                                  Make an object: secret, secret_keyring, tls-creds-x509,
+                                  tls-creds-psk, tls-creds-anon, authz-simple, authz-list,
+                                  authz-list-file, iothread, throttle-group.
           --blockdev DRIVER,node-name=NAME[,OPTION=VALUE…]
                                   Open a block node.
           --nbd-server addr.type=unix,addr.path=PATH[,OPTION=VALUE…]

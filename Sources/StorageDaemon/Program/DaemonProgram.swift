@@ -30,6 +30,10 @@ public final class DaemonProgram: @unchecked Sendable {
         daemon = StorageDaemon(on: thread)
         monitors = MonitorServer(for: daemon)
         daemon.quit = { [weak self] in self?.end() }
+        daemon.log = { line in
+            let text = "merino: \(line)\n"
+            _ = text.withCString { write(2, $0, strlen($0)) }
+        }
     }
 
     /// Runs the daemon until `quit` or a signal.

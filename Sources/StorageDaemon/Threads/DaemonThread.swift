@@ -66,7 +66,8 @@ extension StorageDaemon {
     /// Ends a thread that no node is on.
     func end(_ thread: DaemonThread) async throws(BlockError) {
         let graph = thread.graph
-        let names = try await graph.thread.visit { () throws(BlockError) in graph.nodes.map(\.name)
+        let names = try await graph.thread.visit { () throws(BlockError) in
+            (graph.nodes + graph.closing).map(\.name)
         }
         guard names.isEmpty else {
             throw BlockError(

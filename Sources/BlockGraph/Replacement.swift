@@ -1,0 +1,68 @@
+import BlockCore
+
+// What may take a child's place, and what its parent has to be told.
+
+extension BlockNode {
+    /// The node whose bytes these are: below all that only hands them on.
+    var origin: BlockNode {
+        var node = self
+        while let child = node.description.kind == .filter
+            ? node.filteredChild : node.driver.wholeChild
+        {
+            node = child.node
+        }
+        return node
+    }
+}
+
+extension Edge {
+    /// - Throws: `unsupported` unless `other` has the same bytes as the child.
+    public func requireSameBytes(in other: BlockNode) throws(BlockError) {
+        let (origin, otherOrigin) = (node.origin, other.origin)
+        guard origin !== otherOrigin, !otherOrigin.driver.isSameStorage(as: origin.driver) else {
+            return
+        }
+        throw BlockError(
+            .unsupported,
+            "'\(other.name)' does not have the bytes of '\(node.name)', in which its parent has its "
+                + "metadata",
+            remedy: "put a filter above '\(node.name)' in its place, or a node on the same file",
+            node: parentNode?.name)
+    }
+
+    /// Users who rely on the size, such as clients that were told it, do not get a child of another.
+    ///
+    /// - Throws: `permissionDenied`.
+    func checkSize(of other: BlockNode) throws(BlockError) {
+        guard other.size != node.size else { return }
+        switch parent {
+        case .user(let user):
+            guard !access.shares.contains(.resize), user.reliesOnSize else { return }
+        case .node(let parent):
+            guard followsSize, parent.isOpen,
+                !parent.cumulativeAccess.shares.contains(.resize)
+            else { return }
+        }
+        throw BlockError(
+            .permissionDenied,
+            "'\(other.name)' has \(other.size) bytes, '\(node.name)' \(node.size), and "
+                + "\(parentDescription) does not share resizing",
+            remedy: "give both the same size")
+    }
+
+    /// The parent's size is the child's, or depends on it.
+    private var followsSize: Bool {
+        roles.contains(.primary) && !roles.contains(.metadata)
+    }
+
+    /// After a replacement: the child has another size, or takes other requests, than the one before.
+    func announceReplacement(of old: BlockNode) {
+        switch parent {
+        case .user(let user): if old.size != node.size { user.nodeResized(self) }
+        case .node(let parent):
+            guard parent.isOpen else { return }
+            if old.limits != node.limits { parent.driver.childLimitsChanged(self) }
+            if old.size != node.size { parent.driver.childResized(self) }
+        }
+    }
+}
