@@ -124,6 +124,7 @@ import Testing
             return (flush, read)
         }
         #expect(flush == nil)
-        #expect(read == (keeps ? [0xaa] : nil))
+        let expected: Set<UInt8>? = keeps ? [0xaa] : nil
+        #expect(read == expected)
     }
 }

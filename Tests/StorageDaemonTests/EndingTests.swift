@@ -62,10 +62,10 @@ import Testing
             Issue.record("\(states)")
             return
         }
-        #expect(
-            exports.last == [
-                "id": "slow", "type": "nbd", "node-name": "slow", "shutting-down": true,
-            ])
+        let expected: JSONValue = [
+            "id": "slow", "type": "nbd", "node-name": "slow", "shutting-down": true,
+        ]
+        #expect(exports.last == expected)
     }
 
     @Test func othersGoOnWhileANodeWaitsForItsTarget() async throws {
@@ -152,10 +152,10 @@ import Testing
         let refusals = try await TestDaemon.run { test throws(BlockError) in
             var refusals: [String] = []
             let name = JSONValue.string(identifier)
-            for (command, arguments) in [
+            let attempts: [(String, JSONValue)] = [
                 (
                     "block-export-add",
-                    ["type": "nbd", "id": name, "node-name": "disk", "name": "x"] as JSONValue
+                    ["type": "nbd", "id": name, "node-name": "disk", "name": "x"]
                 ),
                 (
                     "blockdev-create",
@@ -164,7 +164,8 @@ import Testing
                         "options": ["driver": "file", "filename": "/none/disk", "size": 512],
                     ]
                 ), ("object-add", ["qom-type": "secret", "id": name, "data": "x"]),
-            ] {
+            ]
+            for (command, arguments) in attempts {
                 do throws(BlockError) {
                     _ = try await test.daemon.execute(command, arguments)
                     refusals.append("\(command) took it")
@@ -180,10 +181,12 @@ import Testing
             guard
                 case .array(let nodes) = try await test.daemon.execute(
                     "query-named-block-nodes", [:])
-            else { return [JSONValue?]() }
-            #expect(try await test.daemon.execute("query-block-jobs", [:]) == [])
-            return nodes.filter { $0["node-name"] == "disk" }.map { $0["x-holders"] }
+            else { return JSONValue.null }
+            let jobs = try await test.daemon.execute("query-block-jobs", [:])
+            #expect(jobs == .array([]))
+            return nodes.first { $0["node-name"] == "disk" }?["x-holders"] ?? .null
         }
-        #expect(holders == [["monitor", "NBD export 'disk'"]])
+        let expected: JSONValue = ["monitor", "NBD export 'disk'"]
+        #expect(holders == expected)
     }
 }

@@ -93,7 +93,54 @@ final class TestDaemon: @unchecked Sendable {
     }
 }
 
+/// A daemon that sees other files than its client: `elsewhere` where the client says `temp`.
+private final class OtherFolders: QMPExecutor, @unchecked Sendable {
+    private let test: TestDaemon
+
+    init(_ test: TestDaemon) {
+        self.test = test
+    }
+
+    var thread: IOThread { test.daemon.thread }
+
+    func execute(
+        _ command: String, _ arguments: JSONValue
+    ) async throws(BlockError) -> JSONValue {
+        guard case .object(var object) = arguments, object["filename"] != nil else {
+            return try await test.daemon.execute(command, arguments)
+        }
+        object["filename"] = .string("\(test.folder)/elsewhere")
+        return try await test.daemon.execute(command, .object(object))
+    }
+}
+
 @Suite struct FleeceSessionTests {
+    @Test func aDaemonThatSeesAnotherFileDoesNotWriteToIt() async throws {
+        let seen = try await TestDaemon.run { test throws(BlockError) in
+            let path = "\(test.folder)/elsewhere"
+            defer { unlink(path) }
+            let file = try await File.open(
+                path, FileOptions(writable: true, create: true), on: test.daemon.thread)
+            let data = try IOVector(allocating: 4096)
+            data.fill(7)
+            try await file.write(data, at: 0)
+            let session = FleeceSession(
+                of: "disk", exportName: nil, temporaryPath: "\(test.folder)/temp",
+                executor: OtherFolders(test))
+            var message = ""
+            do throws(BlockError) { try await session.begin(.init()) } catch {
+                message = error.description
+            }
+            data.fill(0)
+            let count = try await file.read(data, at: 0)
+            await file.close()
+            return (message, count, Set(data.array), test.nodeNames())
+        }
+        #expect(seen.0.contains("sees another file"))
+        #expect(seen.1 == 4096 && seen.2 == [7])
+        #expect(seen.3 == ["disk"])
+    }
+
     @Test func theFrozenViewStaysWhileTheGuestWrites() async throws {
         let seen = try await TestDaemon.run { test throws(BlockError) in
             let session = test.session

@@ -51,7 +51,10 @@ import Testing
     @Test func aSnapshotThatFailsAtTheEndIsUndoneFromThere() async throws {
         let seen = try await TestDaemon.run { test throws(BlockError) in
             let failure = try await Self.run(
-                [target, filter, guest(on: "filter"), access, export, abort], test)
+                [
+                    Self.target, Self.filter, Self.guest(on: "filter"), Self.access, Self.export,
+                    Self.abort,
+                ], test)
             let below = test.daemon.exports.map { $0.export.edge?.node.name }
             try await test.guestWrite(0, 4096, 1)
             return (failure, below, test.nodeNames())
@@ -64,8 +67,8 @@ import Testing
 
     @Test func aSnapshotWhoseEndIsAbortedIsAsItWas() async throws {
         let seen = try await TestDaemon.run { test throws(BlockError) in
-            _ = try await Self.run([target, filter, guest(on: "filter")], test)
-            let failure = try await Self.run([guest(on: "disk"), abort], test)
+            _ = try await Self.run([Self.target, Self.filter, Self.guest(on: "filter")], test)
+            let failure = try await Self.run([Self.guest(on: "disk"), Self.abort], test)
             try await test.guestWrite(0, TestDaemon.size, 0x22)
             let node = try test.daemon.graph.requireNode(named: "filter")
             let filter = node.driver as? CopyBeforeWrite
@@ -77,8 +80,8 @@ import Testing
 
     @Test func aSnapshotThatATransactionTakesOutIsBroken() async throws {
         let breakage = try await TestDaemon.run { test throws(BlockError) in
-            _ = try await Self.run([target, filter, guest(on: "filter")], test)
-            _ = try await Self.run([guest(on: "disk")], test)
+            _ = try await Self.run([Self.target, Self.filter, Self.guest(on: "filter")], test)
+            _ = try await Self.run([Self.guest(on: "disk")], test)
             let node = try test.daemon.graph.requireNode(named: "filter")
             return (node.driver as? CopyBeforeWrite)?.breakage?.description
         }
@@ -93,7 +96,10 @@ import Testing
                     for value in UInt8(1)..<9 { try? await test.guestWrite(0, 4096, value) }
                 }
                 _ = try await Self.run(
-                    [target, filter, guest(on: "filter"), access, export, abort], test)
+                    [
+                        Self.target, Self.filter, Self.guest(on: "filter"), Self.access,
+                        Self.export, Self.abort,
+                    ], test)
                 await writing.value
             }
             return test.nodeNames()

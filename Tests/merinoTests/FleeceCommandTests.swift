@@ -122,4 +122,26 @@ import Testing
             daemon.end()
             """)
     }
+
+    /// The daemon's folder has a file of that name: it is somebody else's.
+    @Test func aRelativeTemporaryImageIsInTheFolderOfTheCommand() throws {
+        try python(
+            """
+            daemon = Daemon()
+            os.mkdir("else")
+            open("temp", "w").write("kept")
+            def run(*arguments):
+                return subprocess.run([os.path.abspath(merino), "fleece", "disk", "--qmp", "../qmp",
+                    *arguments], cwd="else", check=True, capture_output=True, text=True).stdout
+            text = run("--temp", "temp", "--detach")
+            assert open("temp").read() == "kept"
+            assert os.path.exists("else/temp")
+            write(9, "nbd+unix:///disk?socket=nbd")
+            assert has(7, text.splitlines()[1].removeprefix("uri: "))
+            run("--stop")
+            assert open("temp").read() == "kept"
+            assert not os.path.exists("else/temp")
+            daemon.end()
+            """)
+    }
 }
