@@ -34,8 +34,8 @@ final class AbsentDriver: BlockDriver {
     }
 
     func blockStatus(
-        _ range: ByteRange, precise: Bool
-    ) async throws(BlockError) -> BlockStatus {
+        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
+    ) async throws(BlockError) {
         throw Self.refusal
     }
 

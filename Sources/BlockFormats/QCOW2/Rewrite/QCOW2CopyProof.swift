@@ -147,7 +147,7 @@ final class QCOW2CopyProof: @unchecked Sendable {
 
     private func compareMaps() async throws(BlockError) {
         let maps = (old: QCOW2Maps(of: old), new: QCOW2Maps(of: new))
-        let lanes = QCOW2Lanes(on: old.node.seat)
+        let lanes = RequestLanes(on: old.node.seat)
         do throws(BlockError) {
             for window in maps.old.windows {
                 let first = try await maps.old.entries(window, in: old.file)
@@ -171,7 +171,7 @@ final class QCOW2CopyProof: @unchecked Sendable {
 
     /// Compares pairs of tables that map the part `index` of the disk.
     private func compareTables(
-        _ pairs: [Pair], _ index: Int, _ lanes: QCOW2Lanes
+        _ pairs: [Pair], _ index: Int, _ lanes: RequestLanes
     ) async throws(BlockError) {
         var hosts: (old: [Int], new: [Int]) = ([], [])
         for pair in pairs {
@@ -197,7 +197,7 @@ final class QCOW2CopyProof: @unchecked Sendable {
 
     private func compareEntries(
         _ first: QCOW2TablePart, _ second: QCOW2TablePart, _ index: Int, _ tableCount: Int,
-        _ guest: Int, _ lanes: QCOW2Lanes
+        _ guest: Int, _ lanes: RequestLanes
     ) async throws(BlockError) {
         var seen: Set<Pair> = []
         for table in 0..<tableCount {

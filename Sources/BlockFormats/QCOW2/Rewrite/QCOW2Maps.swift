@@ -81,7 +81,7 @@ final class QCOW2TablePart: @unchecked Sendable {
 
     /// Reads the parts at `start` of the tables at `hosts`; a table at 0 is empty.
     func load(_ hosts: [Int], from start: Int, of driver: QCOW2Driver) async throws(BlockError) {
-        let lanes = QCOW2Lanes(on: driver.node.seat)
+        let lanes = RequestLanes(on: driver.node.seat)
         for (index, host) in hosts.enumerated() {
             guard host != 0 else {
                 clear(index)

@@ -156,7 +156,7 @@ extension QCOW2Rewrite {
     /// Starts the writes of a batch, once those of the one before have ended.
     private func write(_ output: [QCOW2RewriteBatch.Write]) async throws(BlockError) {
         try await writes.finish()
-        writes = QCOW2Lanes(on: source.node.seat)
+        writes = RequestLanes(on: source.node.seat)
         try await fresh.grow()
         for write in output {
             await writes.waitForRoom()

@@ -26,7 +26,7 @@ final class QCOW2Rewrite: @unchecked Sendable {
     /// Told of bytes of the file that were read.
     let progress: (Int) -> Void
     /// Clusters on their way to the new file.
-    var writes: QCOW2Lanes
+    var writes: RequestLanes
     /// Where nothing is said, there are zeroes.
     let leavesZeroesOut: Bool
 
@@ -44,7 +44,7 @@ final class QCOW2Rewrite: @unchecked Sendable {
                 + Self.slackClusterCount)
         self.compresses = compresses && source.supportsCompressedWrites
         self.progress = progress
-        writes = QCOW2Lanes(on: source.node.seat)
+        writes = RequestLanes(on: source.node.seat)
         leavesZeroesOut = source.image.header.backingName.isEmpty && !source.hasDataFile
     }
 

@@ -41,7 +41,7 @@ final class QCOW2RewriteBatch: @unchecked Sendable {
     // MARK: Read
 
     func read() async throws(BlockError) {
-        let lanes = QCOW2Lanes(on: source.node.seat)
+        let lanes = RequestLanes(on: source.node.seat)
         do throws(BlockError) {
             try await startReads(lanes)
         } catch {
@@ -52,7 +52,7 @@ final class QCOW2RewriteBatch: @unchecked Sendable {
         rewrite.progress(items.count << geometry.clusterBits)
     }
 
-    private func startReads(_ lanes: QCOW2Lanes) async throws(BlockError) {
+    private func startReads(_ lanes: RequestLanes) async throws(BlockError) {
         let source = source
         var index = 0
         var wanted: [QCOW2.CompressedDescriptor] = []
@@ -256,7 +256,7 @@ final class QCOW2StreamBatch: @unchecked Sendable {
         zeroes.deallocate()
     }
 
-    func read(_ lanes: QCOW2Lanes) async throws(BlockError) {
+    func read(_ lanes: RequestLanes) async throws(BlockError) {
         let driver = driver
         for (place, source) in zip(places, sources) {
             await lanes.waitForRoom()
