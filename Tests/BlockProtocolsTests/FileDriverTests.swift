@@ -162,7 +162,7 @@ import Glibc
             return nil
         }
         var random = SeededRandom(seed: 1)
-        simulation.disk.crash(.nothing, using: &random)
+        simulation.disk.crash(.everything, using: &random)
         return (failure, simulation.disk.bytes(of: "/disk") ?? [])
     }
 
