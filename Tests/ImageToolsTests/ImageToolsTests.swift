@@ -64,10 +64,25 @@ import Testing
 }
 
 @Suite struct CreationOptionsTests {
+    private static func read(_ text: String) throws -> [String] {
+        try CreationOption.read(text, CreationOption.options(of: "qcow2"), "qcow2")
+            .map { "\($0.option.name)=\($0.value)" }
+    }
+
     @Test func twoCommasStandForOne() throws {
-        let pairs = try ImageCreate.pairs("backing_file=a,,b,size=1M,")
-        #expect(pairs.map(\.0) == ["backing_file", "size"])
-        #expect(pairs.map(\.1) == ["a,b", "1M"])
+        #expect(
+            try Self.read("backing_file=a,,b,size=1M") == ["backing_file=a,b", "size=1M"])
+    }
+
+    @Test func switchesNeedNoValue() throws {
+        #expect(
+            try Self.read("lazy_refcounts,noextended_l2,nocow")
+                == ["lazy_refcounts=on", "extended_l2=off", "nocow=on"])
+    }
+
+    @Test(arguments: ["", ",size=1M", "size=1M,", "color=blue", "nosuch"])
+    func whatIsNoListOfOptionsIsRefused(text: String) {
+        #expect(throws: BlockError.self) { try Self.read(text) }
     }
 
     @Test func driversGetTheirOwnNames() throws {
