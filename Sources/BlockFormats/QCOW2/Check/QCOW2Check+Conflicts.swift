@@ -105,10 +105,12 @@ extension QCOW2Check {
             }
             uses[block >> clusterBits, default: 0] += 1
         }
+        // One that the file ends within is not counted.
         let bytes = header.refcountTableClusters << clusterBits
-        for cluster in clusters(header.refcountTableOffset, bytes) {
-            uses[cluster, default: 0] += 1
-        }
+        guard let table = ByteRange(checking: header.refcountTableOffset, count: bytes),
+            isInFile(table)
+        else { return uses }
+        for cluster in clusters(table.offset, table.count) { uses[cluster, default: 0] += 1 }
         return uses
     }
 
