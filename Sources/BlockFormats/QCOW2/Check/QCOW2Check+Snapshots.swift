@@ -143,6 +143,7 @@ extension QCOW2Check {
         // What is said beyond that may be wrong alone.
         let entries = mendsErrors ? min(fields.entryCount, needed) : fields.entryCount
         guard entries <= QCOW2.Limit.l1TableBytesMax / 8,
+            fields.l1Offset < UInt64(QCOW2.Limit.hostOffsetMax),
             let place = ByteRange(checking: fields.l1Offset, count: entries * 8),
             place.offset.isAligned(to: geometry.clusterSize), place.offset > 0 || entries == 0,
             !mendsErrors || isFree(place)
