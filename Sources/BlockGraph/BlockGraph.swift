@@ -68,17 +68,22 @@ public final class BlockGraph: @unchecked Sendable {
     ) async throws(BlockError) -> BlockNode {
         thread.preconditionOnThread()
         let node = try await openUnheld(
-            options, inheriting: inherited, needsName: monitorOwned, nesting: 0)
+            options, inheriting: inherited, needsName: monitorOwned, nesting: 0, depth: 0)
         node.isMonitorOwned = monitorOwned
         if !monitorOwned { node.hold("opening") }
         return node
     }
 
     func openUnheld(
-        _ options: JSONValue, inheriting inherited: NodeOptions, needsName: Bool, nesting: Int
+        _ options: JSONValue, inheriting inherited: NodeOptions, needsName: Bool, nesting: Int,
+        depth: Int
     ) async throws(BlockError) -> BlockNode {
         guard nesting < Limits.jsonDepthMax else {
             throw BlockError(.exhausted, "node options nest deeper than \(Limits.jsonDepthMax)")
+        }
+        guard depth < Limits.graphDepthMax else {
+            throw BlockError(
+                .exhausted, "the chain of nodes is deeper than \(Limits.graphDepthMax)")
         }
         let reader = try OptionReader(options, of: "the node")
         guard let driverName = try reader.string("driver") else {
@@ -99,7 +104,7 @@ public final class BlockGraph: @unchecked Sendable {
         byName[name] = node
         node.hold("opening")
         do throws(BlockError) {
-            let opening = NodeOpening(node: node, options: reader, nesting: nesting)
+            let opening = NodeOpening(node: node, options: reader, nesting: nesting, depth: depth)
             let driver = try await description.open(opening)
             node.setDriver(driver)
             try reader.finish()

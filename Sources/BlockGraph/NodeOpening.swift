@@ -7,15 +7,19 @@ public final class NodeOpening {
     public let node: BlockNode
     /// The driver's own options; what it does not read is reported as unknown.
     public let options: OptionReader
+    /// How deep the node stands in options that were given as one.
     private let nesting: Int
+    /// How many nodes are being opened above it.
+    private let depth: Int
 
     public var graph: BlockGraph { node.graph }
     public var thread: IOThread { node.thread }
 
-    init(node: BlockNode, options: OptionReader, nesting: Int) {
+    init(node: BlockNode, options: OptionReader, nesting: Int, depth: Int) {
         self.node = node
         self.options = options
         self.nesting = nesting
+        self.depth = depth
     }
 
     /// Opens or refers to the child that option `name` describes.
@@ -26,7 +30,8 @@ public final class NodeOpening {
     public func child(
         _ name: String, roles: ChildRole, fallback: JSONValue? = nil
     ) async throws(BlockError) -> Edge? {
-        guard let value = try options.value(name) ?? fallback else { return nil }
+        let given = try options.value(name)
+        guard let value = given ?? fallback else { return nil }
         let child: BlockNode
         var isOpenedHere = false
         switch value {
@@ -38,7 +43,8 @@ public final class NodeOpening {
             isOpenedHere = true
             child = try await node.graph.openUnheld(
                 value, inheriting: node.options.inherited(by: roles), needsName: false,
-                nesting: nesting + 1)
+                // What an image says of the next one is nested in nothing.
+                nesting: given == nil ? 0 : nesting + 1, depth: depth + 1)
         }
         let transaction = GraphTransaction(node.graph)
         do throws(BlockError) {

@@ -24,6 +24,9 @@ public struct NodeOptions: Sendable, Equatable {
     /// The image is opened to be checked or repaired, and for nothing else: its driver takes it
     /// whatever state it is in.
     public var isForCheck = false
+    /// The image is opened for what it says of itself, and for nothing else: no guest data is read, and
+    /// the file that holds it need not be there. Read-only nodes only.
+    public var isForInformation = false
 
     /// The options' names.
     static let keys: Set<String> = [
@@ -43,6 +46,7 @@ public struct NodeOptions: Sendable, Equatable {
         // Formats send flushes and respect the discard policy: below them both may be on.
         child.discards = true
         child.isForCheck = false
+        child.isForInformation = false
         return child
     }
 

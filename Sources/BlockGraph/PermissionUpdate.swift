@@ -6,18 +6,22 @@ struct PermissionUpdate {
     private let order: [BlockNode]
     private var cumulative: [ObjectIdentifier: Access] = [:]
     private var edges: [(edge: Edge, access: Access)] = []
+    /// Which of `edges` are of the users of each node in `order`.
+    private var users: [Range<Int>] = []
 
     init(around touched: [BlockNode]) {
         order = Self.topological(touched)
         let affected = Set(order.map(ObjectIdentifier.init))
         for node in order {
             var total = Access.none
+            let first = edges.count
             for edge in node.parents {
                 let access = Self.access(of: edge, affected, cumulative)
                 edges.append((edge, access))
                 total.uses.formUnion(access.uses)
                 total.shares.formIntersection(access.shares)
             }
+            users.append(first..<edges.count)
             cumulative[ObjectIdentifier(node)] = total
         }
     }
@@ -42,7 +46,7 @@ struct PermissionUpdate {
     func check() throws(BlockError) {
         for (index, node) in order.enumerated() {
             do throws(BlockError) {
-                try checkUsers(of: node)
+                try checkUsers(of: node, edges[users[index]])
                 if node.isOpen, let access = cumulative[ObjectIdentifier(node)] {
                     try node.driver.checkAccess(access)
                 }
@@ -56,8 +60,9 @@ struct PermissionUpdate {
         }
     }
 
-    private func checkUsers(of node: BlockNode) throws(BlockError) {
-        let own = edges.filter { $0.edge.node === node }
+    private func checkUsers(
+        of node: BlockNode, _ own: ArraySlice<(edge: Edge, access: Access)>
+    ) throws(BlockError) {
         for (edge, access) in own {
             if node.isReadOnly, !access.uses.isDisjoint(with: [.write, .resize]) {
                 throw BlockError(

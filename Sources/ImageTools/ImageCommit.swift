@@ -33,7 +33,11 @@ public struct ImageCommit: Sendable {
             NamedUser("commit"), to: chain.layers[index].node,
             Access(uses: [.consistentRead, .write, .resize], shares: .all))
         target.isWriteThrough = source.cache.isWriteThrough
-        if target.size < top.size { try await target.resize(to: top.size) }
+        // A raw file below may end within a sector, as one above may.
+        let size =
+            target.node.description.name == "raw"
+            ? top.size : top.size.roundedUp(to: 512) ?? top.size
+        if target.size < top.size { try await target.resize(to: size) }
         try await copy(top, to: target, layers: index, progress)
         try await target.flush()
         if !keeps { try await empty(chain.top) }

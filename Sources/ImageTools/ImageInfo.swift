@@ -60,6 +60,7 @@ public struct ImageInfo: Sendable {
         var next: ImageSource? = source
         while var source = next {
             source.withoutBacking = true
+            source.isForInformation = true
             let isPlain = !source.isOptions && !source.name.hasPrefix("json:")
             let info = try await one(source, isPlain ? source.name : nil, in: session)
             result.append(info)

@@ -40,7 +40,7 @@ public struct ImageResize: Sendable {
         let user = try await session.use(
             source, as: "resize",
             Access(uses: [.consistentRead, .resize], shares: .consistentRead))
-        let size = try newSize(user.size, isRaw: user.node.description.name == "raw")
+        let size = try newSize(user.size, of: user.node.description.name)
         if size < user.size {
             guard preallocation == .off else {
                 throw BlockError(
@@ -61,14 +61,16 @@ public struct ImageResize: Sendable {
         try await session.graph.detach(user)
     }
 
-    private func newSize(_ current: Int, isRaw: Bool) throws(BlockError) -> Int {
+    private func newSize(_ current: Int, of format: String) throws(BlockError) -> Int {
         let wanted: Int?
         switch change {
         case .to(let size): wanted = size
         case .by(let difference): wanted = current.adding(difference)
         }
-        // Sectors are what every reader of an image can count on; a raw file may end within one.
-        guard let wanted, wanted > 0, let size = isRaw ? wanted : wanted.roundedUp(to: 512),
+        // Sectors are what every reader of an image can count on; a raw file may end within one, and
+        // qcow2 says itself what it takes.
+        let isExact = format == "raw" || format == "qcow2"
+        guard let wanted, wanted > 0, let size = isExact ? wanted : wanted.roundedUp(to: 512),
             size <= Limits.nodeSizeMax
         else {
             throw BlockError(

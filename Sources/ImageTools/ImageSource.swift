@@ -36,6 +36,8 @@ public struct ImageSource: Sendable {
     public var isUntrusted = false
     /// The image is opened to be checked, in whatever state it is.
     public var isForCheck = false
+    /// The image is opened for what it says of itself: no guest data is read.
+    public var isForInformation = false
 
     public init(_ name: String, format: String? = nil, isOptions: Bool = false) {
         self.name = name
@@ -50,6 +52,7 @@ extension ImageSource {
         var options = NodeOptions()
         options.isUntrusted = isUntrusted
         options.isForCheck = isForCheck
+        options.isForInformation = isForInformation
         return options
     }
 }

@@ -91,6 +91,52 @@ import Testing
         }
     }
 
+    @Test func aSnapshotOfAnOverlayKeepsItsBackingImage() async throws {
+        try await MonitoredDaemon.with(Self.server) { daemon in
+            let base = "\(daemon.folder)/base.qcow2"
+            let path = "\(daemon.folder)/a.qcow2"
+            for arguments in [
+                ["qemu-img", "create", "-q", "-f", "qcow2", base, "4M"],
+                ["qemu-io", "-c", "write -P 1 0 4M", base],
+                ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", path],
+                ["qemu-io", "-c", "write -P 2 1M 64k", path],
+                ["qemu-img", "snapshot", "-c", "one", path],
+            ] { try BitmapCommandsTests.shell(arguments) }
+            let client = try daemon.client()
+            try client.execute(
+                "blockdev-add",
+                [
+                    "driver": "qcow2", "node-name": "base",
+                    "file": ["driver": "file", "filename": .string(base)],
+                ])
+            try client.execute(
+                "blockdev-add",
+                [
+                    "driver": "qcow2", "node-name": "disk", "backing": "base",
+                    "file": ["driver": "file", "filename": .string(path)],
+                ])
+            try export("disk", writable: true, client)
+            try client.execute(
+                "blockdev-add",
+                [
+                    "driver": "snapshot-access", "node-name": "view", "file": "disk",
+                    "snapshot-name": "one",
+                ])
+            try export("view", writable: false, client)
+            let reads = ["read -P 1 0 1M", "read -P 2 1M 64k", "read -P 1 2M 2M"]
+            try io(daemon, "view", reads[0], reads[1], reads[2])
+            // Neither does the view need the export of the disk, nor may the backing image change.
+            try client.execute("block-export-del", ["id": "disk", "mode": "hard"])
+            try io(daemon, "view", reads[0], reads[1], reads[2])
+            let refusal = try client.refusal(
+                "block-export-add",
+                ["type": "nbd", "id": "base", "node-name": "base", "writable": true])
+            #expect(refusal.contains("does not share"), "\(refusal)")
+            try client.execute("block-export-del", ["id": "view", "mode": "hard"])
+            try client.execute("blockdev-del", ["node-name": "view"])
+        }
+    }
+
     @Test func whatCannotBeIsRefused() async throws {
         try await withDisk { daemon, client in
             try client.execute(

@@ -192,4 +192,18 @@ import Testing
         let bytes = FileManager.default.contents(atPath: "\(place.folder)/a.raw")?.prefix(10)
         #expect(bytes.map(Array.init) == Array("\0abcabcab\0".utf8))
     }
+
+    @Test("a rule of blkdebug on read_aio reaches the first read of an image")
+    func rulesReachTheFirstRead() throws {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "b.qcow2", "4M")
+        try place.tool("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 256k", "b.qcow2")
+        try "[inject-error]\nevent = \"read_aio\"\nerrno = \"5\"\n".write(
+            toFile: "\(place.folder)/rules", atomically: false, encoding: .utf8)
+        let arguments = ["-f", "qcow2", "-c", "read 0 64k", "blkdebug:rules:b.qcow2"]
+        let own = try place.run(Workplace.merino, ["io"] + arguments)
+        let other = try place.run("/usr/bin/env", ["qemu-io"] + arguments)
+        #expect(own.status == other.status && own.status == 1)
+        #expect(own.output.contains("Input/output error"), "\(own.output)")
+    }
 }

@@ -30,6 +30,24 @@ import Testing
         #expect(try place.merino("snapshot", "a.qcow2").output == list)
     }
 
+    @Test func snapshotsOfOverlaysAreReadThroughTheirBackingImage() throws {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "4M")
+        try place.tool("qemu-io", "-c", "write -P 1 0 4M", "base.qcow2")
+        try place.tool(
+            "qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2",
+            "a.qcow2")
+        try place.tool("qemu-io", "-c", "write -P 2 1M 64k", "a.qcow2")
+        try place.tool("qemu-img", "snapshot", "-c", "one", "a.qcow2")
+        try place.tool("qemu-io", "-c", "write -P 3 0 2M", "a.qcow2")
+        let own = try place.merino("convert", "-l", "one", "-O", "raw", "a.qcow2", "own.raw")
+        #expect(own.status == 0, "\(own.errors)")
+        try place.tool("qemu-img", "convert", "-l", "one", "-O", "raw", "a.qcow2", "other.raw")
+        #expect(try place.tool("cmp", "own.raw", "other.raw").status == 0)
+        let measured = try place.merino("measure", "-O", "qcow2", "-l", "one", "a.qcow2")
+        #expect(measured.status == 0, "\(measured.errors)")
+    }
+
     @Test func snapshotsAreAppliedAndDeleted() throws {
         let place = try Workplace()
         try image(place)

@@ -65,6 +65,68 @@ import Testing
         #expect(result.status == 1)
     }
 
+    /// An image whose data file has that name; nothing of that name is there.
+    private func make(_ place: Workplace, dataFile name: String) throws {
+        // As long, so that one can stand for the other.
+        let stand = String(repeating: "d", count: name.utf8.count - 4) + ".raw"
+        let result = try place.tool(
+            "qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=\(stand)", "a.qcow2", "1M")
+        #expect(result.status == 0, "\(result.errors)")
+        try FileManager.default.removeItem(atPath: "\(place.folder)/\(stand)")
+        let path = "\(place.folder)/a.qcow2"
+        var image = try Data(contentsOf: URL(fileURLWithPath: path))
+        let found = try #require(image.range(of: Data(stand.utf8)))
+        image.replaceSubrange(found, with: Data(name.utf8))
+        try image.write(to: URL(fileURLWithPath: path))
+    }
+
+    private static let dataNames = [
+        #"json:{"driver":"file","filename":"trap"}"#, "json:trap", "file:trap", "host_device:trap",
+        "raw:trap", "nbd:localhost:1", "ssh://localhost/trap",
+    ]
+
+    @Test(
+        "CVE-2024-4467: a data file's name is told by info, and is that of a local file",
+        arguments: dataNames)
+    func dataFilesAreLocalFiles(_ name: String) throws {
+        let place = try Workplace()
+        try makeTrap(place)
+        try make(place, dataFile: name)
+        for arguments in [["info", "a.qcow2"], ["info", "-f", "qcow2", "--untrusted", "a.qcow2"]] {
+            let result = try place.run("/usr/bin/timeout", ["20", Workplace.merino] + arguments)
+            #expect(result.status == 0, "\(arguments): \(result.errors)")
+            #expect(result.output.contains(name), "\(result.output)")
+        }
+        for arguments in [
+            ["map", "a.qcow2"], ["io", "-r", "-c", "read 0 512", "a.qcow2"],
+            ["convert", "-O", "raw", "a.qcow2", "out.raw"], ["measure", "-O", "raw", "a.qcow2"],
+            ["serve", "-r", "-k", "\(place.folder)/s", "a.qcow2"],
+        ] {
+            let result = try place.run("/usr/bin/timeout", ["20", Workplace.merino] + arguments)
+            #expect(result.status == 1, "\(arguments): \(result.output)")
+            #expect(
+                result.errors.contains("only names of local files are followed"),
+                "\(result.errors)")
+        }
+    }
+
+    @Test("CVE-2024-4467: info opens no data file, whether it is there or not")
+    func informationNeedsNoDataFile() throws {
+        let place = try Workplace()
+        try makeTrap(place)
+        for name in ["trap", "gone"] {
+            try make(place, dataFile: "./" + name)
+            for arguments in [["info", "a.qcow2"], ["info", "--output=json", "a.qcow2"]] {
+                let own = try place.run("/usr/bin/timeout", ["20", Workplace.merino] + arguments)
+                let other = try place.run("/usr/bin/env", ["qemu-img"] + arguments)
+                #expect(own.status == 0, "\(own.errors)")
+                #expect(own.output == other.output)
+            }
+        }
+        let map = try place.merino("map", "a.qcow2")
+        #expect(map.status == 1 && map.errors.contains("gone"), "\(map.errors)")
+    }
+
     @Test("CVE-2008-2004, CVE-2013-1922, CVE-2024-40767: an untrusted image is not probed")
     func untrustedImagesAreNotProbed() throws {
         let place = try Workplace()

@@ -97,6 +97,7 @@ extension QCOW2Driver {
             if bits != 1 << geometry.refcountOrder { try checkReaders() }
         }
         try checkDataFile(changes)
+        if let size = changes.size { try Self.checkSize(size) }
         if changes.keys != nil, encryption?.area == nil {
             throw BlockError(
                 .invalidArgument, "the image has no LUKS header whose keys could change")
@@ -118,6 +119,10 @@ extension QCOW2Driver {
                 .invalidArgument,
                 "'data-file-raw' cannot be set of an image that is there: its data file may lack "
                     + "what the tables say", remedy: "convert the image to one that has it")
+        }
+        let keepsRaw = isRawDataFile && changes.dataFileIsRaw != false
+        guard !keepsRaw || (changes.backingName ?? "").isEmpty else {
+            throw Self.rawDataFileOverBacking
         }
     }
 

@@ -6,6 +6,7 @@ extension QCOW2Driver: BackedImage {
     public func setBacking(name: String?, format: String?) async throws(BlockError) {
         try checkWritable()
         let bytes = Array((name ?? "").utf8)
+        guard bytes.isEmpty || !isRawDataFile else { throw Self.rawDataFileOverBacking }
         guard bytes.count <= QCOW2.Limit.backingNameBytesMax else {
             throw BlockError(
                 .invalidArgument,
@@ -29,6 +30,13 @@ extension QCOW2Driver: BackedImage {
         // It may change the header itself: what it says then stays.
         try await commit()
         try await rewriteHeader(change)
+    }
+
+    static var rawDataFileOverBacking: BlockError {
+        BlockError(
+            .invalidArgument,
+            "the image's data file is a raw image of the whole disk: it cannot have a backing file",
+            remedy: "give up the raw file first, with data-file-raw=off")
     }
 
     public func empty() async throws(BlockError) {

@@ -165,6 +165,10 @@ extension QCOW2Driver {
             try await image.checkOverlap(
                 sector.host, sector.memory.count, ignoring: .activeL1, "the L1 table")
         }
+        // A table in the last cluster of a file that was cut there.
+        if let end = tables.map({ $0.host + $0.memory.count }).max(), end > file.size {
+            try await image.ensureSize(end)
+        }
         if !tables.isEmpty { await file.reached(.l2Update) }
         if !l1.isEmpty { await file.reached(.l1Update) }
         try await QCOW2TableCache.write(tables + l1, to: file)

@@ -33,6 +33,10 @@ extension QCOW2Driver {
             }
             return nil
         }
+        // What the image says of itself needs no data: nothing that it names is opened for it.
+        if given == nil, opening.node.options.isForInformation, opening.node.isReadOnly {
+            return nil
+        }
         let fallback = given == nil ? try await dataFileOptions(header, opening, file) : nil
         guard
             let data = try await opening.child("data-file", roles: .data, fallback: fallback)
@@ -60,8 +64,11 @@ extension QCOW2Driver {
                 "the image names the external data file '\(name)', which is not followed in images "
                     + "that are not trusted", remedy: "give 'data-file' explicitly")
         }
-        guard !name.hasPrefix("json:") else {
-            return try JSONParser.parse(String(name.dropFirst(5)))
+        guard !isProtocolName(name, opening.graph.registry) else {
+            throw BlockError(
+                .permissionDenied,
+                "the image names the external data file '\(name)': only names of local files are "
+                    + "followed", remedy: "give 'data-file' explicitly")
         }
         let path = resolve(name, beside: file.node.driver.filename)
         do throws(BlockError) {
@@ -72,11 +79,25 @@ extension QCOW2Driver {
         }
     }
 
-    /// Makes the data file at least `size` bytes long.
-    func growDataFile(to size: Int) async throws(BlockError) {
+    /// Whether a stored name says how to open something else than a file: `json:{…}`, `nbd:…`, `ssh://…`.
+    /// Whoever wrote the image would choose what is opened, with options of every driver.
+    private static func isProtocolName(_ name: String, _ registry: DriverRegistry) -> Bool {
+        guard let colon = name.firstIndex(of: ":"), !name[..<colon].contains("/") else {
+            return false
+        }
+        let scheme = String(name[..<colon])
+        return scheme == "json" || name[colon...].hasPrefix("://")
+            || (try? registry.driver(named: scheme)) != nil
+    }
+
+    /// Makes the data file at least `size` bytes long, with what is new reserved as `preallocation` says.
+    func growDataFile(
+        to size: Int, _ preallocation: Preallocation = .off
+    ) async throws(BlockError) {
         guard hasDataFile, data.size < size else { return }
         do throws(BlockError) {
-            try await data.resize(to: size)
+            // Metadata is in the image.
+            try await data.resize(to: size, preallocation == .metadata ? .off : preallocation)
         } catch  where error.code == .unsupported {
             throw BlockError(
                 .noSpace, "the external data file has \(data.size) bytes, the disk \(size)",

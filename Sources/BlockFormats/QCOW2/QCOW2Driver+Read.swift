@@ -115,6 +115,7 @@ extension QCOW2Driver: QCOW2TableView {
     func readStored(_ host: Int, into vector: IOVector) async throws(BlockError) {
         let there = max(0, min(vector.count, data.size - host))
         if there < vector.count { vector.zero(there, vector.count - there) }
+        await file.reached(.readAIO)
         if there > 0 { try await data.read(host, into: vector.slice(0, there)) }
     }
 
@@ -122,7 +123,6 @@ extension QCOW2Driver: QCOW2TableView {
     func readFile(_ host: Int, into vector: IOVector) async throws(BlockError) {
         let there = max(0, min(vector.count, file.size - host))
         if there < vector.count { vector.zero(there, vector.count - there) }
-        await file.reached(.readAIO)
         if there > 0 { try await file.read(host, into: vector.slice(0, there)) }
     }
 

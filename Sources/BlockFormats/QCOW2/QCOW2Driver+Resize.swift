@@ -5,6 +5,7 @@ import BlockGraph
 extension QCOW2Driver {
     public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {
         try checkWritable()
+        try Self.checkSize(size)
         guard size <= geometry.sizeMax else {
             throw BlockError(
                 .invalidArgument,
@@ -23,6 +24,14 @@ extension QCOW2Driver {
         }
     }
 
+    /// A disk has whole sectors: other readers would round its size, each in another way.
+    static func checkSize(_ size: Int) throws(BlockError) {
+        guard size.isAligned(to: 512) else {
+            throw BlockError(
+                .invalidArgument, "the size of a qcow2 disk is a multiple of 512, not \(size)")
+        }
+    }
+
     // MARK: Grow
 
     private func grow(
@@ -33,11 +42,21 @@ extension QCOW2Driver {
         // What a backing image or a stale cluster has there must not show.
         node.size = size
         do throws(BlockError) {
-            try await growDataFile(to: size)
+            let dataEnd = hasDataFile ? data.size : 0
+            try await growDataFile(to: size, preallocation)
             try await dropVMState(from: old, to: size)
-            try await hide(from: old, to: size)
-            if preallocation != .off {
-                try await preallocate(from: old, to: size, preallocation)
+            if isRawDataFile {
+                // The raw file is the disk: whatever it has there, the tables name it.
+                try await mapDataFile(from: old, to: size)
+            } else {
+                try await hide(from: old, to: size)
+                if preallocation != .off {
+                    // Of a data file that is longer than its disk.
+                    if dataEnd > old {
+                        try await data.writeZeroes(ByteRange(from: old, to: min(dataEnd, size)))
+                    }
+                    try await preallocate(from: old, to: size, preallocation)
+                }
             }
             try await commit()
             image.header.size = size
@@ -63,9 +82,7 @@ extension QCOW2Driver {
     /// Zeroes `[old, size)` where something else would be read.
     private func hide(from old: Int, to size: Int) async throws(BlockError) {
         let clusterEnd = min(size, (old + geometry.clusterSize - 1) & ~(geometry.clusterSize - 1))
-        if old < clusterEnd, let slice = try await slice(at: old),
-            !readsAsZeroes(slice, old..<clusterEnd)
-        {
+        if old < clusterEnd, try await !isHidden(old..<clusterEnd) {
             let zeroes = try IOVector(allocating: clusterEnd - old)
             zeroes.fill(0)
             try await write(old, from: zeroes, [])
@@ -93,6 +110,14 @@ extension QCOW2Driver {
                 offset += count
             }
         }
+    }
+
+    /// Whether a part of one cluster, past the disk's old end, reads as zeroes already.
+    private func isHidden(_ range: Range<Int>) async throws(BlockError) -> Bool {
+        guard let slice = try await slice(at: range.lowerBound) else {
+            return !hasBacking(from: range.lowerBound)
+        }
+        return readsAsZeroes(slice, range)
     }
 
     /// Moves the L1 table to where it has room.
@@ -135,8 +160,9 @@ extension QCOW2Driver {
             throw BlockError(
                 .unsupported, "version 2 of qcow2 cannot preallocate clusters of encrypted images")
         }
-        if hasDataFile, preallocation != .metadata {
-            try await data.resize(to: size, preallocation)
+        if hasDataFile {
+            try await mapDataFile(from: old, to: size)
+            return
         }
         let bits = geometry.clusterBits
         var cluster = (old + geometry.clusterSize - 1) >> bits
@@ -147,28 +173,48 @@ extension QCOW2Driver {
             let wanted = min(end - cluster, mask + 1 - cluster & mask)
             slice.pinCount += 1
             defer { slice.pinCount -= 1 }
-            let place =
-                hasDataFile
-                ? QCOW2Refcounts.Allocation(offset: cluster << bits, count: wanted, isFresh: true)
-                : try await refcounts.allocate(upTo: wanted)
+            let place = try await refcounts.allocate(upTo: wanted)
             let range = ByteRange(place.offset, place.count << bits)
             // Clusters that were used before hold old data; so do those that are to be written.
-            if !hasDataFile, !place.isFresh || preallocation != .metadata {
+            if !place.isFresh || preallocation != .metadata {
                 try await file.writeZeroes(range)
             }
             for step in 0..<place.count {
                 let index = (cluster + step) & mask
-                var new = wholeEntry(place.offset + step << bits)
-                // Zeroes in the file would be decrypted to noise.
-                if isEncrypted {
-                    new = .zero(keeping: new.rawValue, hasSubclusters: hasSubclusters)
-                }
+                let new = reservedEntry(place.offset + step << bits)
                 replaced(entry(slice, index), by: new, discards: false)
                 setEntry(slice, index, new)
             }
             l2.markDirty(slice)
             hasNewLinks = true
             cluster += place.count
+        }
+    }
+
+    /// The entry of a cluster that has its place in a file of zeroes, and was not written yet.
+    private func reservedEntry(_ offset: Int) -> QCOW2.L2Entry {
+        let entry = wholeEntry(offset)
+        // Zeroes in the file would be decrypted to noise.
+        return isEncrypted
+            ? .zero(keeping: entry.rawValue, hasSubclusters: hasSubclusters) : entry
+    }
+
+    /// Gives every cluster of `[old, size)` the place that it has in the data file.
+    private func mapDataFile(from old: Int, to size: Int) async throws(BlockError) {
+        let bits = geometry.clusterBits
+        let mask = geometry.clusterSize - 1
+        let inSlice = 1 << sliceEntryBits - 1
+        var cluster = (isRawDataFile ? old : old + mask) >> bits
+        let end = (size + mask) >> bits
+        while cluster < end {
+            let slice = try await writableSlice(at: cluster << bits)
+            let sliceEnd = min(end, cluster - cluster & inSlice + inSlice + 1)
+            for number in cluster..<sliceEnd {
+                setEntry(slice, number & inSlice, reservedEntry(number << bits))
+            }
+            l2.markDirty(slice)
+            hasNewLinks = true
+            cluster = sliceEnd
         }
     }
 
@@ -194,6 +240,15 @@ extension QCOW2Driver {
             }
         }
         try await commit()
-        if isRawDataFile { try await data.resize(to: size) }
+        try await shrinkDataFile(to: size)
+    }
+
+    private func shrinkDataFile(to size: Int) async throws(BlockError) {
+        guard hasDataFile, data.size > size else { return }
+        do throws(BlockError) {
+            try await data.resize(to: size)
+        } catch  where !isRawDataFile {
+            // A device, say. Nobody reads what it has there.
+        }
     }
 }

@@ -129,6 +129,8 @@ extension QCOW2Driver {
                     offset: host & ~(geometry.clusterSize - 1), count: limit - first,
                     isFresh: false)
                 try await image.checkOverlap(clusters.offset, clusters.count << bits)
+                // The last cluster of a file is there as far as somebody wrote to it.
+                try await image.ensureSize(clusters.offset + clusters.count << bits)
             } else {
                 clusters = try await refcounts.allocate(upTo: limit - first)
             }

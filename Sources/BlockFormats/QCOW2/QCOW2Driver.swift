@@ -31,7 +31,8 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     let node: BlockNode
     var thread: IOThread { node.thread }
     let file: Edge
-    /// Where guest data is: ``file``, or a file of its own.
+    /// Where guest data is: ``file``, or a file of its own. An image that is opened for information alone
+    /// has no file of its own open.
     let data: Edge
     let hasDataFile: Bool
     let image: QCOW2Image
@@ -98,7 +99,7 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
         self.node = node
         self.file = file
         self.data = data ?? file
-        hasDataFile = data != nil
+        hasDataFile = image.header.incompatible.contains(.externalData)
         self.image = image
         self.options = options
         geometry = image.geometry
@@ -136,9 +137,19 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
 
     public func access(to edge: Edge, for users: Access) -> Access {
         var users = users
-        // A write to a part of a cluster copies the rest from below.
-        if edge.roles.contains(.cow), !users.uses.isDisjoint(with: [.write, .writeUnchanged]) {
-            users.uses.insert(.consistentRead)
+        if edge.roles.contains(.cow) {
+            // A write to a part of a cluster copies the rest from below; so does a new end of the disk.
+            if !users.uses.isDisjoint(with: [.write, .writeUnchanged, .resize]) {
+                users.uses.insert(.consistentRead)
+            }
+            // What a snapshot does not have itself is read below, and stays what it was.
+            if !snapshotUsers.isEmpty {
+                users.uses.insert(.consistentRead)
+                users.shares.subtract([.write, .resize])
+            }
+        } else if !edge.roles.contains(.metadata), users.uses.contains(.resize) {
+            // A data file: bytes between the old end and the new one are zeroed, or reserved.
+            users.uses.insert(.write)
         }
         return DefaultAccess.access(
             roles: edge.roles, isWritable: !node.isReadOnly, for: users)
