@@ -132,7 +132,10 @@ extension BlockNode {
     public func mergeDirtyBitmaps(
         _ sources: [DirtyBitmap], into target: DirtyBitmap
     ) async throws(BlockError) {
-        for source in sources { try source.check([.busy, .inconsistent]) }
+        for source in sources {
+            await source.load()
+            try source.check([.busy, .inconsistent])
+        }
         try await willChange(target)
         for source in sources { try source.check([.busy, .inconsistent]) }
         let before = target.contents

@@ -13,6 +13,7 @@ import BlockCore
 /// Invariants:
 /// 1. A change of the node while it records is in `bits`, or in `newer` while it is split.
 /// 2. `bits` and `newer` have one bit for each `granularity` bytes of `size`.
+/// 3. While `source` is there nobody has asked for the bits: the node is read-only, and all count as set.
 public final class DirtyBitmap: WriteObserver {
     public let name: String
     /// Bytes that one bit stands for: a power of two, at least 512.
@@ -35,6 +36,8 @@ public final class DirtyBitmap: WriteObserver {
     private var bits: ClusterBitmap
     /// Changes since ``split()``.
     private var newer: ClusterBitmap?
+    /// Where the bits are to be had, of a bitmap that is not loaded yet.
+    private var source: (() async throws(BlockError) -> ClusterBitmap)?
 
     public static let granularityMin = 512
     public static let granularityMax = 1 << 31
@@ -93,6 +96,30 @@ public final class DirtyBitmap: WriteObserver {
         bitmap.becomeInconsistent()
         bitmap.size = size
         return bitmap
+    }
+
+    // MARK: Loading
+
+    /// Leaves the bits where they are stored until ``load()``. For who puts it on a node that is
+    /// read-only; until then all bits count as set.
+    public func loadLater(_ source: @escaping () async throws(BlockError) -> ClusterBitmap) {
+        bits = ClusterBitmap(count: bits.count, repeating: true)
+        self.source = source
+    }
+
+    /// Brings the bits into memory. Comes before every question about them, where the bitmap may be of a
+    /// node that is read-only. What cannot be read leaves the bitmap inconsistent: see ``check(_:)``.
+    public func load() async {
+        guard let source else { return }
+        do throws(BlockError) {
+            let stored = try await source()
+            guard self.source != nil, stored.count == bits.count else { return }
+            bits = stored
+        } catch {
+            guard self.source != nil else { return }
+            becomeInconsistent()
+        }
+        self.source = nil
     }
 
     // MARK: Changes

@@ -10,7 +10,7 @@ extension ImageConvert {
     ///
     /// - Throws: `unsupported` where the source cannot have any; `corrupt` for one that is inconsistent,
     ///   unless these are skipped, with a warning each.
-    func bitmaps(of source: BlockNode) throws(BlockError) -> [DirtyBitmap] {
+    func bitmaps(of source: BlockNode) async throws(BlockError) -> [DirtyBitmap] {
         guard copiesBitmaps else { return [] }
         guard source.driver.bitmapStore != nil else {
             throw BlockError(
@@ -18,6 +18,7 @@ extension ImageConvert {
         }
         var result: [DirtyBitmap] = []
         for bitmap in source.dirtyBitmaps where bitmap.isPersistent {
+            await bitmap.load()
             guard bitmap.isInconsistent else {
                 result.append(bitmap)
                 continue

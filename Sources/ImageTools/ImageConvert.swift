@@ -172,7 +172,7 @@ public struct ImageConvert: Sendable {
             guard let first = users.first else {
                 throw BlockError(.invalidArgument, "there is nothing to convert")
             }
-            let bitmaps = try bitmaps(of: first.node)
+            let bitmaps = try await bitmaps(of: first.node)
             try await convert(source, bitmaps, in: session, progress, unfinished)
             for user in users { try await session.graph.detach(user) }
         } catch {

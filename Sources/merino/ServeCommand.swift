@@ -208,6 +208,7 @@ struct ServeCommand: ParsableCommand {
             let node = try await opening.open(source, in: session)
             var bitmaps: [NBDExport.Bitmap] = []
             for name in bitmap { bitmaps.append(try .init(named: name, below: node)) }
+            for found in bitmaps { await found.bitmap.load() }
             let export = try NBDExport(
                 name: exportName, description: description, node: node,
                 writable: opening.isWritable, allocationDepth: allocationDepth, bitmaps: bitmaps)

@@ -18,7 +18,8 @@ import Testing
     static let granularity = 4096
 
     /// - Returns: what is wrong with the stored bitmap.
-    private static func checkStored(_ edge: Edge, _ model: Model) -> [String] {
+    private static func checkStored(_ edge: Edge, _ model: Model) async -> [String] {
+        for bitmap in edge.node.dirtyBitmaps { await bitmap.load() }
         guard let bitmap = edge.node.dirtyBitmap(named: "b"), !bitmap.isInconsistent else {
             return []
         }
@@ -63,7 +64,7 @@ import Testing
                 let requests = options
                 let outcome = try await simulation.boot { thread throws(BlockError) in
                     try await QCOW2SimulatedImage.use(thread) { edge throws(BlockError) in
-                        let wrong = Self.checkStored(edge, model)
+                        let wrong = await Self.checkStored(edge, model)
                         try await Self.goOn(edge, model)
                         let run = RandomRequests(edge, model.shadow, seed: seed + boot, requests)
                         await run.run()
@@ -80,7 +81,7 @@ import Testing
             let wrong = try await simulation.run { thread throws(BlockError) in
                 try await QCOW2SimulatedImage.use(thread) { edge throws(BlockError) in
                     let isThere = edge.node.dirtyBitmap(named: "b")?.isInconsistent == false
-                    return Self.checkStored(edge, model) + (isThere ? ["there"] : [])
+                    return await Self.checkStored(edge, model) + (isThere ? ["there"] : [])
                 }
             }
             #expect(wrong.filter { $0 != "there" } == [], "seed \(seed)")

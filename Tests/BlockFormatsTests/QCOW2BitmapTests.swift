@@ -25,8 +25,9 @@ import Testing
         var ranges: [ByteRange] = []
     }
 
-    static func states(_ node: BlockNode) -> [State] {
-        node.dirtyBitmaps.map { bitmap in
+    static func states(_ node: BlockNode) async -> [State] {
+        for bitmap in node.dirtyBitmaps { await bitmap.load() }
+        return node.dirtyBitmaps.map { bitmap in
             var state = State(
                 name: bitmap.name, granularity: bitmap.granularity, isEnabled: bitmap.isEnabled,
                 isInconsistent: bitmap.isInconsistent)
@@ -37,7 +38,7 @@ import Testing
 
     static func states(_ folder: QCOW2TestFolder, _ name: String) async throws -> [State] {
         try await folder.open(name, writable: false) { edge throws(BlockError) in
-            states(edge.node)
+            await states(edge.node)
         }
     }
 
@@ -146,7 +147,7 @@ import Testing
                     let offset = random.next(below: node.size - 70_000)
                     try await Self.write(edge, offset, 1 + random.next(below: 70_000))
                 }
-                return Self.states(node).filter { $0.name != "gone" }
+                return await Self.states(node).filter { $0.name != "gone" }
             }
             try folder.check("a.qcow2")
             let found = try await Self.states(folder, "a.qcow2")
@@ -287,7 +288,7 @@ import Testing
         let folder = try Self.folderWithBitmap()
         let expected = try await folder.open("a.qcow2") { edge throws(BlockError) in
             try await edge.resize(to: size)
-            return Self.states(edge.node)
+            return await Self.states(edge.node)
         }
         try folder.check("a.qcow2")
         #expect(try await Self.states(folder, "a.qcow2") == expected)
@@ -399,11 +400,50 @@ import Testing
         try folder.write(bytes, "a.qcow2")
         for writable in [false, true] {
             let states = try await folder.open("a.qcow2", writable: writable) {
-                edge throws(BlockError) in Self.states(edge.node)
+                edge throws(BlockError) in await Self.states(edge.node)
             }
             #expect(states.map(\.name) == ["b", "c"])
             #expect(states.map(\.isInconsistent) == [true, false])
         }
+    }
+
+    /// Makes all entries of the bitmap's table name the cluster of its only data.
+    private static func repeatCluster(_ folder: QCOW2TestFolder) throws {
+        var bytes = try wholeClusters(folder)
+        let directory = try places(bytes).directory
+        let table = Int(bytes.withUnsafeBytes { $0.bigEndian(at: directory, as: UInt64.self) })
+        let count = Int(bytes.withUnsafeBytes { $0.bigEndian(at: directory + 8, as: UInt32.self) })
+        let entries = (0..<count).map { Array(bytes[(table + $0 * 8)..<(table + $0 * 8 + 8)]) }
+        let data = try #require(entries.first { $0 != [UInt8](repeating: 0, count: 8) })
+        for index in 0..<count {
+            bytes.replaceSubrange((table + index * 8)..<(table + index * 8 + 8), with: data)
+        }
+        try folder.write(bytes, "a.qcow2")
+    }
+
+    @Test func bitsOfAnImageThatIsOnlyReadAreLeftUntilSomebodyAsks() async throws {
+        let folder = try QCOW2TestFolder()
+        try folder.run(["qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "1T"])
+        try folder.run(["qemu-img", "bitmap", "--add", "-g", "64k", "a.qcow2", "b"])
+        try folder.run(["qemu-io", "-f", "qcow2", "-c", "write 1M 64k", "a.qcow2"])
+        let good = try folder.bytes("a.qcow2")
+        // A few clusters of a file do not stand for a large bitmap.
+        try Self.repeatCluster(folder)
+        let found = try await folder.open("a.qcow2", writable: false) { edge throws(BlockError) in
+            let bitmap = try edge.node.requireDirtyBitmap(named: "b")
+            let before = (bitmap.isInconsistent, bitmap.dirtyBytes)
+            await bitmap.load()
+            return [before.0, before.1 == edge.size, bitmap.isInconsistent]
+        }
+        // Until then all counts as dirty.
+        #expect(found == [false, true, true])
+        let written = try await folder.open("a.qcow2") { edge throws(BlockError) in
+            try edge.node.requireDirtyBitmap(named: "b").isInconsistent
+        }
+        #expect(written)
+        try folder.write(good, "a.qcow2")
+        let states = try await Self.states(folder, "a.qcow2")
+        #expect(states.first?.ranges == [ByteRange(1 << 20, 65_536)])
     }
 
     @Test func withoutTheAutoclearBitBitmapsSayNothing() async throws {

@@ -198,4 +198,32 @@ import Testing
             ["20", "/bin/sh", "-c", "ulimit -d 524288; exec \"$0\" info a.qcow2", Workplace.merino])
         #expect(result.status == 0 || result.status == 1, "\(result.status)")
     }
+
+    @Test("CVE-2015-5162: bitmaps of a large disk, all alike, take little memory")
+    func alikeBitmapsTakeLittleMemory() throws {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "16T")
+        for name in ["one", "two"] {
+            try place.tool("qemu-img", "bitmap", "--add", "-g", "4k", "a.qcow2", name)
+        }
+        // Tells how many MiB a program took.
+        let script = """
+            import resource, subprocess, sys
+            result = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+            print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+            sys.exit(result.returncode)
+            """
+        for arguments in [
+            ["info", "a.qcow2"], ["map", "--output=json", "a.qcow2"],
+            ["snapshot", "-l", "a.qcow2"],
+            ["measure", "-O", "raw", "a.qcow2"], ["bitmap", "--disable", "a.qcow2", "one"],
+            ["bitmap", "--merge", "one", "a.qcow2", "two"],
+        ] {
+            let result = try place.run(
+                "/usr/bin/env", ["python3", "-c", script, Workplace.merino] + arguments)
+            #expect(result.status == 0, "\(arguments): \(result.errors)")
+            let taken = Int(result.output.trimmingCharacters(in: .whitespacesAndNewlines)) ?? .max
+            #expect(taken < 128, "\(arguments): \(taken) MiB")
+        }
+    }
 }

@@ -54,7 +54,7 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
     /// Takes a node for export.
     ///
     /// - Throws: `readOnly` or `permissionDenied` when the node cannot be used so, and what speaks
-    ///   against one of the bitmaps: see ``checkBitmaps(_:of:writable:)``.
+    ///   against one of the bitmaps, which are loaded: see ``checkBitmaps(_:of:writable:)``.
     public init(
         name: String, description: String = "", node: BlockNode, writable: Bool,
         allocationDepth: Bool = false, bitmaps: [Bitmap] = [], isFixed: Bool = false

@@ -111,7 +111,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
             node: opening.node, child: child, target: target, clusterSize: clusterSize,
             onError: onError, timeoutNanoseconds: timeout)
         if let bitmap = try options.value("bitmap") {
-            try filter.restrict(to: bitmap, opening)
+            try await filter.restrict(to: bitmap, opening)
         }
         return filter
     }
@@ -148,13 +148,16 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     }
 
     /// Only clusters that the dirty bitmap names belong to the snapshot.
-    private func restrict(to option: JSONValue, _ opening: NodeOpening) throws(BlockError) {
+    private func restrict(
+        to option: JSONValue, _ opening: NodeOpening
+    ) async throws(BlockError) {
         let reader = try OptionReader(option, of: "option 'bitmap'")
         guard let nodeName = try reader.string("node"), let name = try reader.string("name") else {
             throw BlockError(.invalidArgument, "option 'bitmap' needs 'node' and 'name'")
         }
         try reader.finish()
         let bitmap = try opening.graph.requireDirtyBitmap(node: nodeName, name: name)
+        await bitmap.load()
         try bitmap.check([.busy, .inconsistent])
         guard bitmap.size == snapshotSize else {
             throw BlockError(

@@ -15,7 +15,7 @@ extension QCOW2.Limit {
     static let bitmapNameBytesMax = 1023
     /// Clusters of one bitmap's bits.
     static let bitmapBytesMax = 512 << 20
-    /// Memory that all bitmaps of one image may take; those beyond are not loaded.
+    /// Memory that the bits of all bitmaps of one image may take; bitmaps beyond are not loaded.
     static let bitmapMemoryBytesMax = 1 << 30
 }
 

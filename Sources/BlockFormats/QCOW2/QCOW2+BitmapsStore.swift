@@ -4,8 +4,9 @@ import QMP
 
 /// The dirty bitmaps that an open image keeps. Confined to the graph's thread.
 ///
-///     open       directory read; bitmaps that were stored in order are loaded onto the node, those
-///                marked in use are inconsistent
+///     open       directory read; bitmaps that were stored in order are put on the node, with their bits
+///                if it is to be written, else these are read when somebody asks for them; those marked
+///                in use are inconsistent
 ///     1st change every entry is marked in use, in place, and that is durable before the change
 ///     close      bits → tables → new directory written │ refcounts and file flushed │ header names
 ///                the new directory, flushed │ what the old one took is given back
@@ -159,7 +160,20 @@ final class QCOW2Bitmaps: BitmapStore {
     ) async throws(BlockError) -> DirtyBitmap {
         if !entry.flags.contains(.inUse) {
             do throws(BlockError) {
-                return try await loaded(entry, name, &memory)
+                let bitmap = try DirtyBitmap(
+                    name: name, granularity: entry.granularity, size: node.size)
+                let count = bitmap.contents.count
+                try checkTable(of: entry, name, bitCount: count)
+                if node.isReadOnly {
+                    bitmap.loadLater { () throws(BlockError) in
+                        try await self.bits(of: entry, name, count: count, besides: 0)
+                    }
+                } else {
+                    let bits = try await bits(of: entry, name, count: count, besides: memory)
+                    memory += bits.wordBytes
+                    bitmap.contents = bits
+                }
+                return bitmap
             } catch
                 where error.code == .corrupt || error.code == .exhausted || node.isReadOnly
             {
@@ -170,42 +184,49 @@ final class QCOW2Bitmaps: BitmapStore {
             named: name, granularity: entry.granularity, size: node.size)
     }
 
-    private func loaded(
-        _ entry: QCOW2.BitmapEntry, _ name: String, _ memory: inout Int
-    ) async throws(BlockError) -> DirtyBitmap {
-        guard let count = ClusterBitmap.count(covering: node.size, unit: entry.granularity),
-            let total = memory.adding((count + 7) / 8),
-            total <= QCOW2.Limit.bitmapMemoryBytesMax
-        else {
-            throw BlockError(.exhausted, "the dirty bitmap '\(name)' is too large to load")
-        }
+    private func checkTable(
+        of entry: QCOW2.BitmapEntry, _ name: String, bitCount: Int
+    ) throws(BlockError) {
         guard
             entry.tableCount
-                == QCOW2.bitmapTableCount(bitCount: count, clusterSize: geometry.clusterSize)
+                == QCOW2.bitmapTableCount(bitCount: bitCount, clusterSize: geometry.clusterSize)
         else {
             throw BlockError(.corrupt, "the table of the dirty bitmap '\(name)' is of another size")
         }
-        let table = try await readTable(entry)
-        memory = total
-        let bitmap = try DirtyBitmap(name: name, granularity: entry.granularity, size: node.size)
-        var bits = bitmap.contents
+    }
+
+    /// The bits of an entry.
+    ///
+    /// - Parameter memory: what other bitmaps' bits take, in bytes.
+    private func bits(
+        of entry: QCOW2.BitmapEntry, _ name: String, count: Int, besides memory: Int
+    ) async throws(BlockError) -> ClusterBitmap {
+        var bits = ClusterBitmap(count: count)
         let bitsPerCluster = geometry.clusterSize * 8
-        for (index, item) in table.enumerated() {
+        // A few clusters of a file must not stand for all of a large bitmap.
+        var seen: Set<Int> = []
+        for (index, item) in try await readTable(entry).enumerated() {
             guard item.isValid(clusterSize: geometry.clusterSize, fileSize: image.file.size) else {
                 throw BlockError(
                     .corrupt, "the table of the dirty bitmap '\(name)' names no cluster")
             }
             if item.offset > 0 {
+                guard seen.insert(item.offset).inserted else {
+                    throw BlockError(
+                        .corrupt, "the table of the dirty bitmap '\(name)' names a cluster twice")
+                }
                 let bytes = try await read(item.offset, geometry.clusterSize)
                 bytes.withUnsafeBytes {
                     bits.formUnion(bytes: $0, at: index * geometry.clusterSize)
+                }
+                guard memory + bits.wordBytes <= QCOW2.Limit.bitmapMemoryBytesMax else {
+                    throw BlockError(.exhausted, "the dirty bitmap '\(name)' is too large to load")
                 }
             } else if item.isAllOnes {
                 bits.set(index * bitsPerCluster..<min((index + 1) * bitsPerCluster, count))
             }
         }
-        bitmap.contents = bits
-        return bitmap
+        return bits
     }
 
     private func readTable(

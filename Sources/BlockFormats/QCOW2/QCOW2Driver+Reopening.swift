@@ -13,6 +13,10 @@ extension QCOW2Driver {
         try checkReaders()
         let writable = !reopening.nodeOptions.isReadOnly
         let encryption = try await reopenedEncryption(reopening)
+        if writable {
+            // From here on they change.
+            for bitmap in node.dirtyBitmaps { await bitmap.load() }
+        }
         try await writeOutForClosing()
         let header = try await Self.readHeader(file)
         if writable { try checkReopeningWritable(header) }

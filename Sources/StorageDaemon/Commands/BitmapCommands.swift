@@ -61,7 +61,9 @@ extension StorageDaemon {
     func bitmapChecksum(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "x-debug-block-dirty-bitmap-sha256")
         let bits = try await onThread(of: try reader.required("node")) { node throws(BlockError) in
-            try bitmap(of: node, reader).contents
+            let bitmap = try bitmap(of: node, reader)
+            await bitmap.load()
+            return bitmap.contents
         }
         try reader.finish()
         var bytes = [UInt8](repeating: 0, count: bits.byteCount)
@@ -164,6 +166,7 @@ extension StorageDaemon {
         let found = try await onThread(of: try reader.required("node")) { node throws(BlockError) in
             let found = try bitmap(of: node, reader)
             if node.graph === defaultNode.graph { return found }
+            await found.load()
             try found.check([.busy, .inconsistent])
             return try found.copy()
         }

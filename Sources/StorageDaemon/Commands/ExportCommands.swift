@@ -140,6 +140,7 @@ extension StorageDaemon {
         let export = try await onThread(of: nodeName) { node throws(BlockError) in
             var exported: [NBDExport.Bitmap] = []
             for value in bitmaps { exported.append(try exportedBitmap(value, below: node)) }
+            for found in exported { await found.bitmap.load() }
             return try NBDExport(
                 name: name, description: description, node: node, writable: writable,
                 allocationDepth: depth, bitmaps: exported, isFixed: isFixed)

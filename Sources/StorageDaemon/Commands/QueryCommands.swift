@@ -49,6 +49,7 @@ extension StorageDaemon {
             result["backing_file"] = .string(backing.node.driver.filename)
         }
         if !node.dirtyBitmaps.isEmpty {
+            for bitmap in node.dirtyBitmaps { await bitmap.load() }
             result["dirty-bitmaps"] = .array(node.dirtyBitmaps.map(\.description))
         }
         return .object(result)
