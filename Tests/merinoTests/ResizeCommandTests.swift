@@ -56,7 +56,8 @@ import Testing
         let grow = ["resize", "--preallocation=\(preallocation)"]
         let ours = try place.run(Workplace.merino, grow + ["ours.qcow2", "8M"])
         #expect(ours.status == 0, "\(ours.errors)")
-        try place.run("/usr/bin/env", ["qemu-img"] + grow + ["theirs.qcow2", "8M"])
+        let theirs = try place.run("/usr/bin/env", ["qemu-img"] + grow + ["theirs.qcow2", "8M"])
+        #expect(theirs.status == 0, "\(theirs.errors)")
         let maps = try ["ours", "theirs"].map {
             try place.tool("qemu-img", "map", "--output=json", "\($0).qcow2").output
         }
