@@ -176,7 +176,8 @@ import Testing
                 if scene.random.chance(700) {
                     try await scene.turnSnapshots(step)
                 } else {
-                    try await edge.resize(to: Self.size / 2 + scene.random.below(Self.size))
+                    let size = Self.size / 2 + scene.random.below(Self.size)
+                    try await edge.resize(to: size & ~511)
                 }
             }
             scene.isOver = true

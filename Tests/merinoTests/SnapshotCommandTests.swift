@@ -65,7 +65,7 @@ import Testing
         "snapshot refuses what it cannot do, with exit code 1 and a reason",
         arguments: [
             (["-a", "none", "a.qcow2"], "'none'"), (["-d", "1", "a.qcow2"], "'1'"),
-            (["-l", "-c", "x", "a.qcow2"], "exclude"), (["-c", "x", "a.raw"], "raw"),
+            (["-l", "-c", "x", "a.qcow2"], "one of -l"), (["-c", "x", "a.raw"], "raw"),
             (["-c", "x", "missing"], "missing"), ([], "<file>"),
             (["-c", String(repeating: "n", count: 256), "a.qcow2"], "255"),
         ])
