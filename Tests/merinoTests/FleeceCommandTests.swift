@@ -109,10 +109,10 @@ import Testing
             def refused(*arguments):
                 return fails(merino, "fleece", *arguments, "--qmp", "qmp", "--nbd-socket", "other")
             open("mine", "w").write("kept")
-            assert "'mine' is there already" in refused("disk", "--temp", "mine")
+            assert "mine' is there already" in refused("disk", "--temp", "mine")
             assert open("mine").read() == "kept"
             os.symlink("mine", "link")
-            assert "'link' is there already" in refused("disk", "--temp", "link")
+            assert "link' is there already" in refused("disk", "--temp", "link")
             assert "it has disk" in refused("dsik", "--temp", "temp")
             assert "cannot create" in refused("disk", "--temp", "none/temp")
             assert "vhdx" in refused("disk", "--temp", "temp", "--temp-format", "vhdx")
