@@ -106,6 +106,7 @@ public final class BlockNode: @unchecked Sendable {
         openDriver = nil
         eventWatcher = nil
         writeObservers = []
+        dirtyBitmaps = []
         threshold = nil
     }
 
