@@ -105,7 +105,7 @@ import Testing
                     "driver": "qcow2",
                     "file": [
                         "driver": "blkdebug", "image": ["driver": "file", "filename": "/temp"],
-                        "inject-error": [["event": "l2_update", "errno": 28]],
+                        "inject-error": [["event": "l2_update", "errno": 28, "iotype": "write"]],
                     ],
                 ],
             ])
