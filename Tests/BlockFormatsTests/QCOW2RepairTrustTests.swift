@@ -92,8 +92,8 @@ import Glibc
     ]
 
     private static let values: [UInt64] =
-        [0, 1, 2, 16, 64, 0x8000, 0x7fff_ffff, 0xffff_ffff, 1 << 56, .max]
-        + (1...17).map { $0 << 16 } + [0x8000_0000_0004_0000, 0x8000_0000_0005_0000]
+        [0, 2, 16, 0x8000, 0xffff_ffff, 1 << 56, .max, 0x8000_0000_0004_0000]
+        + (1...9).map { $0 << 16 }
 
     @Test(arguments: fields) func aFieldThatLiesCostsNoData(field: Field) async throws {
         let folder = try Self.image { _ in }
