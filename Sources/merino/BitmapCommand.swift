@@ -60,7 +60,7 @@ struct BitmapCommand: ParsableCommand {
                 throw BlockError(.invalidArgument, "the <file> and the <bitmap> are missing")
             }
             var change = ImageBitmap(try image.source(file), bitmap: bitmap)
-            change.actions = actions(CommandLine.arguments)
+            change.actions = actions(Merino.line.arguments)
             if let granularity {
                 change.granularity = try ArgumentText.size(granularity, "the granularity")
             }

@@ -34,7 +34,7 @@ import ImageTools
             CompactCommand.self,
         ])
 
-    private static let line = CommandLineName(CommandLine.arguments)
+    static let line = CommandLineName(CommandLine.arguments)
     /// The name that messages begin with: the tool's that the command line is compatible with.
     static var program: String { line.program }
 

@@ -352,8 +352,10 @@ extension Exerciser {
             let count = try ExerciserArguments.bytes(word)
             guard let sum = total.adding(count), isUnlimited || sum <= Limits.requestBytesMax
             else {
+                // Of one that may be zeroed the longer way, scripts know these words.
+                let unless = name == "write" ? " without -n" : ""
                 throw ExerciserArguments.misuse(
-                    "length cannot exceed \(Limits.requestBytesMax), given \(word)")
+                    "length cannot exceed \(Limits.requestBytesMax)\(unless), given \(word)")
             }
             total = sum
             counts.append(count)
