@@ -305,7 +305,7 @@ struct EncryptionVariant: Sendable, CustomTestStringConvertible {
         let folder = try QCOW2TestFolder()
         try await folder.create("a.qcow2", Self.options())
         try await folder.open("a.qcow2", options: Self.key) { edge throws(BlockError) in
-            let vector = try IOVector(allocating: 4 << 20)
+            let vector = try IOVector(allocating: Self.size)
             vector.fill(0x5a)
             try await edge.write(0, from: vector)
         }

@@ -60,7 +60,7 @@ import Testing
             #expect(!FileManager.default.fileExists(atPath: path))
             try client.execute("chardev-remove", ["id": "s"])
             let unknown = try client.refusal(
-                "chardev-add", ["id": "p", "backend": ["type": "pty", "data": [:]]])
+                "chardev-add", ["id": "p", "backend": ["type": "nosuch", "data": [:]]])
             #expect(unknown.contains("socket"))
         }
     }

@@ -40,7 +40,7 @@ import Testing
         (["--blockdev", "file,filename=$/disk"], "node-name"),
         (["--object", "secret,id=s"], "'data' or 'file'"),
         (["--chardev", "socket,id=x,server=on"], "path"),
-        (["--chardev", "pty,id=x"], "pty"),
+        (["--chardev", "nosuch,id=x"], "nosuch"),
     ])
     func aStepThatFailsEndsTheDaemonWithAnError(arguments: [String], part: String) async throws {
         do {

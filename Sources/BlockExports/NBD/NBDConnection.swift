@@ -311,6 +311,8 @@ final class NBDConnection: @unchecked Sendable {
     }
 
     private func start(_ request: NBDRequest, _ payload: IOVector, _ cost: Int, _ edge: Edge) {
+        // Nobody is there to be answered.
+        if request.command == .read, output.isBroken { return }
         let execution = NBDRequestExecution(request: request, connection: self, edge: edge)
         if request.command == .read, isCatchingUp || output.isFull {
             postpone(execution, cost)

@@ -148,6 +148,12 @@ extension StorageDaemon {
                 .optional("endpoint", .named("QCryptoTLSCredsEndpoint")),
                 .optional("verify-peer", .boolean), .optional("priority", .string),
             ])),
+        "ObjectOptions-tls-cipher-suites": .object(
+            ObjectSchema([
+                .optional("dir", .string),
+                .optional("endpoint", .named("QCryptoTLSCredsEndpoint")),
+                .optional("verify-peer", .boolean), .optional("priority", .string),
+            ])),
         "ObjectOptions-authz-simple": .object(ObjectSchema([.required("identity", .string)])),
         "ObjectOptions-authz-list": .object(
             ObjectSchema([
