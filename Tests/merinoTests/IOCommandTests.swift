@@ -222,4 +222,24 @@ import Testing
         #expect(!result.errors.isEmpty)
         #expect(result.status == code, "\(result.errors)")
     }
+
+    @Test("a part of a cluster of saved state is written, and the rest of it stays, shared or not")
+    func theRestOfAClusterOfStateStays() throws {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+        try place.merino("io", "-f", "qcow2", "-c", "write -b -P 1 0 192k", "a.qcow2")
+        for isShared in [false, true] {
+            if isShared { try place.tool("qemu-img", "snapshot", "-c", "s", "a.qcow2") }
+            try place.merino("io", "-f", "qcow2", "-c", "write -b -P 2 512 80k", "a.qcow2")
+            for program in [Workplace.merino + " io", "qemu-io"] {
+                let result = try place.tool(
+                    "sh", "-c",
+                    "\(program) -f qcow2 -c 'read -b -P 1 0 512' -c 'read -b -P 2 512 80k' "
+                        + "-c 'read -b -P 1 82432 114176' a.qcow2")
+                #expect(result.status == 0, "\(result.errors)")
+                #expect(!result.output.contains("failed"), "\(program): \(result.output)")
+            }
+        }
+        #expect(try place.tool("qemu-img", "check", "a.qcow2").status == 0)
+    }
 }

@@ -40,6 +40,34 @@ extension QCOW2Driver {
         try checkWritable()
         let entries = geometry.l1EntryCount(for: place + vector.count)
         if entries > image.l1.count { try await growL1(to: entries) }
-        try await writeRuns(place, vector)
+        try await forEachPiece(place, vector) { place, piece throws(BlockError) in
+            let whole = ByteRange(place, piece.count).aligned(to: geometry.clusterSize)
+            guard let whole, whole.count != piece.count else {
+                return try await writeRuns(place, piece)
+            }
+            // The rest of a cluster that is copied is filled up as the disk's are, with zeroes past its end:
+            // here it is state.
+            let cluster = try IOVector(allocating: whole.count)
+            try await readRuns(whole.offset, into: cluster, of: self)
+            cluster.slice(place - whole.offset, piece.count).copy(from: piece)
+            try await writeRuns(whole.offset, cluster)
+        }
+    }
+
+    /// In order: what lies in a part of the first cluster, whole clusters, and what lies in a part of the last.
+    private func forEachPiece(
+        _ place: Int, _ vector: IOVector,
+        _ body: (Int, IOVector) async throws(BlockError) -> Void
+    ) async throws(BlockError) {
+        let mask = geometry.clusterSize - 1
+        var done = 0
+        while done < vector.count {
+            let rest = vector.count - done
+            let inside = (place + done) & mask
+            let count =
+                inside == 0 && rest > mask ? rest & ~mask : min(rest, mask + 1 - inside)
+            try await body(place + done, vector.slice(done, count))
+            done += count
+        }
     }
 }

@@ -141,7 +141,10 @@ extension DescriptorDevice {
         let appends = try options.bool("append") ?? false
         try options.finish()
         let output = try opened(path, O_WRONLY | O_CREAT | (appends ? O_APPEND : O_TRUNC))
-        let input = try source.map { path throws(BlockError) in try opened(path, O_RDONLY) }
+        // A pipe is opened at once, whether or not somebody writes to it.
+        let input = try source.map { path throws(BlockError) in
+            try opened(path, O_RDONLY | O_NONBLOCK)
+        }
         return DescriptorDevice("file", "file", input: input, output: output, on: thread)
     }
 
@@ -213,7 +216,6 @@ extension DescriptorDevice {
     ) async throws(BlockError) -> DescriptorDevice {
         let remote = try address(options, "remote", host: "host", port: "port")
         let local = try address(options, "local", host: "localaddr", port: "localport")
-        for key in ["ipv4", "ipv6"] { _ = try options.bool(key) }
         try options.finish()
         guard let remote else {
             throw BlockError(
@@ -231,6 +233,20 @@ extension DescriptorDevice {
     private struct Address: Sendable {
         let host: String
         let port: String
+        /// `AF_UNSPEC` where either will do.
+        let family: Int32
+    }
+
+    /// Which addresses `ipv4` and `ipv6` leave: either on means no other, unless that is on too.
+    private static func family(_ options: OptionReader) throws(BlockError) -> Int32 {
+        let (four, six) = (try options.bool("ipv4"), try options.bool("ipv6"))
+        switch (four ?? (six != true), six ?? (four != true)) {
+        case (true, true): return AF_UNSPEC
+        case (true, false): return AF_INET
+        case (false, true): return AF_INET6
+        case (false, false):
+            throw BlockError(.invalidArgument, "'ipv4' and 'ipv6' are both off")
+        }
     }
 
     /// An address as QMP gives it, or as the command line does.
@@ -238,6 +254,7 @@ extension DescriptorDevice {
         _ options: OptionReader, _ name: String, host: String, port: String
     ) throws(BlockError) -> Address? {
         var (hostText, portText) = (try options.string(host), try options.string(port))
+        var family = name == "remote" ? try family(options) : AF_UNSPEC
         if let group = try options.object(name) {
             let type = try group.string("type") ?? "inet"
             guard type == "inet" else {
@@ -247,11 +264,11 @@ extension DescriptorDevice {
             var data = group
             if let inner = try group.object("data") { data = inner }
             (hostText, portText) = (try data.string("host"), try data.string("port"))
-            for key in ["ipv4", "ipv6"] { _ = try data.bool(key) }
+            family = try Self.family(data)
             try data.finish()
         }
         guard hostText != nil || portText != nil else { return nil }
-        return Address(host: hostText ?? "localhost", port: portText ?? "0")
+        return Address(host: hostText ?? "localhost", port: portText ?? "0", family: family)
     }
 
     private static func connected(
@@ -274,13 +291,18 @@ extension DescriptorDevice {
             }
             return result
         }
-        let target = try resolve(remote, AF_UNSPEC)
+        let target = try resolve(remote, remote.family)
         defer { freeaddrinfo(target) }
         let descriptor = socket(target.pointee.ai_family, hints.ai_socktype, 0)
         guard descriptor >= 0 else { throw .system("cannot make a socket", errno) }
         _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC)
         do throws(BlockError) {
             if let local {
+                guard [AF_UNSPEC, target.pointee.ai_family].contains(local.family) else {
+                    throw BlockError(
+                        .invalidArgument, "'\(local.host)' and '\(remote.host)' are of two families"
+                    )
+                }
                 let own = try resolve(local, target.pointee.ai_family)
                 defer { freeaddrinfo(own) }
                 guard bind(descriptor, own.pointee.ai_addr, own.pointee.ai_addrlen) == 0 else {
