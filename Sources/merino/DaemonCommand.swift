@@ -13,6 +13,10 @@ struct DaemonCommand: ParsableCommand {
     @Argument(parsing: .captureForPassthrough, help: "See merino daemon --help.")
     var arguments: [String] = []
 
+    init() {}
+
+    init(_ arguments: [String]) { self.arguments = arguments }
+
     func run() throws {
         do {
             try runDaemon()

@@ -48,9 +48,13 @@ import ImageTools
     }
 
     /// The command of a line that begins with its name. Parsed alone, as one that knows what it belongs to
-    /// (`_superCommandName`), it is ready in half the time that the tree of all commands takes; nil: the tree has
-    /// to look at the line, for it is wrong or asks for help.
+    /// (`_superCommandName`), it is ready in half the time that the tree of all commands takes; the daemon has rules
+    /// of its own, so that its words need no other parser. nil: the tree has to look at the line, for it is wrong
+    /// or asks for help.
     private static func parsedAlone(_ arguments: [String]) -> (any ParsableCommand)? {
+        if arguments.first == DaemonCommand._commandName {
+            return DaemonCommand(Array(arguments.dropFirst()))
+        }
         guard let name = arguments.first,
             let type = configuration.subcommands.first(where: { $0._commandName == name }),
             let command = try? type.parseAsRoot(Array(arguments.dropFirst()))

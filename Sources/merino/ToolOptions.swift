@@ -22,51 +22,76 @@ struct ToolOptions {
     /// What stands before a command of the image tool.
     private static let imageTool = ToolOptions("help version trace:", short: "hVT:")
 
-    private static let imageCommands: [String: ToolOptions] = [
-        "amend": .init("help object: image-opts force", short: "ho:f:t:pq"),
-        "bench": .init(
-            "help flush-interval: pattern: image-opts force-share no-drain",
-            short: "hc:d:f:ni:o:qs:S:t:wU"),
-        "bitmap": .init(
-            "help object: image-opts add remove clear enable disable merge: granularity: "
-                + "source-file: source-format:", short: "hb:f:F:g:"),
-        "check": .init(
-            "help format: repair: output: object: image-opts force-share", short: "hf:r:T:qU"),
-        "commit": .init("help object: image-opts", short: "hf:t:b:dpqr:"),
-        "compare": .init("help object: image-opts force-share", short: "hf:F:T:pqsU"),
-        "convert": .init(
-            "help object: image-opts force-share target-image-opts salvage "
-                + "target-is-zero bitmaps skip-broken-bitmaps",
-            short: "hf:O:B:CcF:o:l:S:pt:T:qnm:WUr:"),
-        "create": .init("help object:", short: "F:b:f:ho:qu"),
-        "dd": .init("help object: image-opts force-share", short: "hf:O:U"),
-        "info": .init(
-            "help format: output: backing-chain object: image-opts force-share", short: "hf:U"),
-        "map": .init(
-            "help format: output: object: image-opts force-share start-offset: max-length:",
-            short: "f:s:l:hU"),
-        "measure": .init(
-            "help image-opts object: output: size: force-share", short: "hf:l:o:O:U"),
-        "rebase": .init("help object: image-opts force-share", short: "hf:F:b:upt:T:qU"),
-        "resize": .init("help object: image-opts preallocation: shrink", short: "f:hq"),
-        "snapshot": .init("help object: image-opts force-share", short: "la:c:d:hqU"),
-    ]
+    /// Only the one that is asked for is made: a program does not start before.
+    private static func imageCommand(_ name: String) -> ToolOptions? {
+        switch name {
+        case "amend":
+            .init("help object: image-opts force", short: "ho:f:t:pq")
+        case "bench":
+            .init(
+                "help flush-interval: pattern: image-opts force-share no-drain",
+                short: "hc:d:f:ni:o:qs:S:t:wU")
+        case "bitmap":
+            .init(
+                "help object: image-opts add remove clear enable disable merge: granularity: "
+                    + "source-file: source-format:", short: "hb:f:F:g:")
+        case "check":
+            .init(
+                "help format: repair: output: object: image-opts force-share", short: "hf:r:T:qU")
+        case "commit":
+            .init("help object: image-opts", short: "hf:t:b:dpqr:")
+        case "compare":
+            .init("help object: image-opts force-share", short: "hf:F:T:pqsU")
+        case "convert":
+            .init(
+                "help object: image-opts force-share target-image-opts salvage "
+                    + "target-is-zero bitmaps skip-broken-bitmaps",
+                short: "hf:O:B:CcF:o:l:S:pt:T:qnm:WUr:")
+        case "create":
+            .init("help object:", short: "F:b:f:ho:qu")
+        case "dd":
+            .init("help object: image-opts force-share", short: "hf:O:U")
+        case "info":
+            .init(
+                "help format: output: backing-chain object: image-opts force-share", short: "hf:U")
+        case "map":
+            .init(
+                "help format: output: object: image-opts force-share start-offset: max-length:",
+                short: "f:s:l:hU")
+        case "measure":
+            .init(
+                "help image-opts object: output: size: force-share", short: "hf:l:o:O:U")
+        case "rebase":
+            .init("help object: image-opts force-share", short: "hf:F:b:upt:T:qU")
+        case "resize":
+            .init("help object: image-opts preallocation: shrink", short: "f:hq")
+        case "snapshot":
+            .init("help object: image-opts force-share", short: "la:c:d:hqU")
+        default: nil
+        }
+    }
 
-    private static let tools: [String: ToolOptions] = [
-        "qemu-io": .init(
-            "help version cmd: format: read-only snapshot nocache copy-on-read misalign native-aio "
-                + "discard: cache: trace: force-share aio: object: image-opts",
-            short: "hVc:d:f:rsnCmki:t:T:U"),
-        "qemu-nbd": .init(
-            "help version bind: port: socket: offset: read-only allocation-depth bitmap: connect: "
-                + "disconnect list snapshot load-snapshot: nocache cache: aio: discard: "
-                + "detect-zeroes: shared: format: persistent verbose object: export-name: "
-                + "description: tls-creds: tls-hostname: tls-authz: image-opts trace: fork pid-file: "
-                + "selinux-label:", short: "hVb:o:p:rsnc:dvk:e:f:tl:x:T:D:AB:L"),
-        "qemu-storage-daemon": .init(
-            "help version trace: blockdev: chardev: daemonize export: monitor: nbd-server: object: "
-                + "pidfile:", short: "hT:V"),
-    ]
+    private static func tool(_ program: String) -> ToolOptions? {
+        switch program {
+        case "qemu-io":
+            .init(
+                "help version cmd: format: read-only snapshot nocache copy-on-read misalign native-aio "
+                    + "discard: cache: trace: force-share aio: object: image-opts",
+                short: "hVc:d:f:rsnCmki:t:T:U")
+        case "qemu-nbd":
+            .init(
+                "help version bind: port: socket: offset: read-only allocation-depth bitmap: connect: "
+                    + "disconnect list snapshot load-snapshot: nocache cache: aio: discard: "
+                    + "detect-zeroes: shared: format: persistent verbose object: export-name: "
+                    + "description: tls-creds: tls-hostname: tls-authz: image-opts trace: fork pid-file: "
+                    + "selinux-label:", short: "hVb:o:p:rsnc:dvk:e:f:tl:x:T:D:AB:L")
+        case "qemu-storage-daemon":
+            .init(
+                "help version trace: blockdev: chardev: daemonize export: monitor: nbd-server: object: "
+                    + "pidfile:", short: "hT:V")
+        default: nil
+        }
+    }
 
     // MARK: Names
 
@@ -76,12 +101,12 @@ struct ToolOptions {
     static func withWholeNames(
         _ arguments: [String], of program: String
     ) throws(BlockError) -> [String] {
-        if let tool = tools[program] {
+        if let tool = tool(program) {
             return try tool.withWholeNames(arguments, endsAtWord: false)
         }
         guard program == "qemu-img" else { return arguments }
         let start = try imageTool.withWholeNames(arguments, endsAtWord: true)
-        guard let place = imageTool.firstWord(start), let command = imageCommands[start[place]]
+        guard let place = imageTool.firstWord(start), let command = imageCommand(start[place])
         else { return start }
         return start[...place]
             + (try command.withWholeNames(Array(start[(place + 1)...]), endsAtWord: false))
