@@ -91,6 +91,44 @@ import Testing
         #expect(try folder.bytes("a.data").count == 2 << 20)
     }
 
+    @Test(arguments: [false, true])
+    func aDataFileThatIsTooShortGrowsWithTheFirstWritePastItsEnd(isRaw: Bool) async throws {
+        let folder = try QCOW2TestFolder()
+        try await Self.create(folder, ["data-file-raw": .bool(isRaw)])
+        let size = Self.size
+        try await folder.open("a.qcow2") { edge throws(BlockError) in
+            try await QCOW2SnapshotTests.fill(edge, 0..<size, 1)
+        }
+        try folder.run(["truncate", "-s", "1M", "a.data"])
+        var expected = [UInt8](repeating: 1, count: 1 << 20)
+        expected += [UInt8](repeating: 0, count: size - expected.count)
+        let before = try await folder.open("a.qcow2", resizes: false) { edge throws(BlockError) in
+            try await QCOW2SnapshotTests.everything(edge)
+        }
+        #expect(before == expected)
+        #expect(try folder.bytes("a.data").count == 1 << 20)
+        // Across the end of the data file, and past it.
+        let written = [1_000_000..<1_100_000, 2_500_000..<2_600_000]
+        try await folder.open("a.qcow2", resizes: false) { edge throws(BlockError) in
+            for range in written { try await QCOW2SnapshotTests.fill(edge, range, 9) }
+        }
+        for range in written { expected.replaceSubrange(range, with: range.map { _ in 9 }) }
+        #expect(try await folder.contents("a.qcow2") == expected)
+        try folder.check("a.qcow2")
+        #expect(try folder.bytes("a.data") == expected)
+    }
+
+    @Test func zeroesPastTheEndOfARawDataFileNeedNotBeThere() async throws {
+        let folder = try QCOW2TestFolder()
+        try await Self.create(folder, ["data-file-raw": true])
+        try folder.run(["truncate", "-s", "1M", "a.data"])
+        try await folder.open("a.qcow2", resizes: false) { edge throws(BlockError) in
+            try await edge.discard(ByteRange(0, edge.size))
+            try await edge.writeZeroes(ByteRange(2 << 20, 65536))
+        }
+        #expect(try await folder.contents("a.qcow2").allSatisfy { $0 == 0 })
+    }
+
     @Test func compressedDataIsRefused() async throws {
         let folder = try QCOW2TestFolder()
         try await Self.create(folder)

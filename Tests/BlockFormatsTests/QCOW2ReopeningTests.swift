@@ -191,6 +191,20 @@ import Testing
         #expect(try folder.bytes("a.qcow2") == bytes.bytes)
     }
 
+    // MARK: Data files
+
+    @Test func aDiskWithAShortDataFileBecomesWritable() async throws {
+        let folder = try QCOW2TestFolder()
+        try await QCOW2DataFileTests.create(folder)
+        try folder.run(["truncate", "-s", "1M", "a.data"])
+        try await with(folder, ["read-only": true]) { image throws(BlockError) in
+            try await image.reopen([:])
+            try await image.fill(2_000_000..<2_100_000, 7)
+            let contents = try await image.contents()
+            #expect(contents[2_000_000..<2_100_000].allSatisfy { $0 == 7 })
+        }
+    }
+
     // MARK: Encryption
 
     @Test func anEncryptedImageKeepsItsKey() async throws {

@@ -73,8 +73,10 @@ final class QCOW2TestFolder: Sendable {
     }
 
     /// Opens an image and closes it after `body`.
+    ///
+    /// - Parameter resizes: the user of a writable image may change its size.
     func open<T: Sendable>(
-        _ name: String, writable: Bool = true, options: JSONValue = [:],
+        _ name: String, writable: Bool = true, resizes: Bool = true, options: JSONValue = [:],
         _ body: @escaping @Sendable (Edge) async throws(BlockError) -> T
     ) async throws -> T {
         let thread = try IOThread(name: "test")
@@ -93,7 +95,8 @@ final class QCOW2TestFolder: Sendable {
                 for (key, value) in more.members { all[key] = value }
             }
             let node = try await graph.open(.object(all), monitorOwned: true)
-            let uses: Permission = writable ? [.consistentRead, .write, .resize] : .consistentRead
+            var uses: Permission = writable ? [.consistentRead, .write] : .consistentRead
+            if writable, resizes { uses.insert(.resize) }
             let edge = try graph.attach(
                 NamedUser("test"), to: node, Access(uses: uses, shares: .all))
             do throws(BlockError) {

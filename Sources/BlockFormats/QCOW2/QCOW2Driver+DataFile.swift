@@ -90,6 +90,13 @@ extension QCOW2Driver {
             || (try? registry.driver(named: scheme)) != nil
     }
 
+    /// Grows a data file that ends before `end`, where something is about to be written, to the size of the
+    /// disk. What it does not have reads as zeroes.
+    @inline(__always)
+    func makeDataFileReach(_ end: Int) async throws(BlockError) {
+        if hasDataFile, end > data.size { try await growDataFile(to: max(end, node.size)) }
+    }
+
     /// Makes the data file at least `size` bytes long, with what is new reserved as `preallocation` says.
     func growDataFile(
         to size: Int, _ preallocation: Preallocation = .off

@@ -48,10 +48,7 @@ extension QCOW2Driver {
         }
         let driver = try await make(
             node, file, data: data, encryption, header, options, writable: !node.isReadOnly)
-        if !node.isReadOnly {
-            try await driver.growDataFile(to: node.size)
-            try await driver.prepareWriting()
-        }
+        if !node.isReadOnly { try await driver.prepareWriting() }
         try await driver.bitmaps.load()
         driver.startCleaning()
         return driver

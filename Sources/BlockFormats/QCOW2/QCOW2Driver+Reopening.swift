@@ -95,12 +95,6 @@ extension QCOW2Driver {
                 "the image was not closed cleanly: it has to be put in order before it is written",
                 remedy: remedy)
         }
-        if hasDataFile, data.size < header.size {
-            throw BlockError(
-                .unsupported,
-                "the external data file is shorter than the disk, and has to grow "
-                    + "before it is written", remedy: remedy)
-        }
         if node.options.sharesAll || file.node.options.sharesAll {
             throw BlockError(
                 .unsupported, "others may be writing the image, as it was opened with force-share",

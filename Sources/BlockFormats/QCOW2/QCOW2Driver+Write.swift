@@ -60,6 +60,7 @@ extension QCOW2Driver {
     func writeData(
         _ host: Int, _ guest: Int, from vector: IOVector
     ) async throws(BlockError) {
+        try await makeDataFileReach(host + vector.count)
         if isEncrypted {
             try await writeEncrypted(host, guest, from: vector)
         } else {

@@ -7,6 +7,7 @@ extension QCOW2Driver {
     public func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {
         try checkWritable()
         if isRawDataFile {
+            try await makeDataFileReach(range.end)
             try await data.writeZeroes(range, flags)
             return
         }
@@ -86,7 +87,9 @@ extension QCOW2Driver {
         try checkWritable()
         if isRawDataFile {
             // A hint, but what is read here and in the raw file must stay the same.
-            try await data.writeZeroes(range, .mayUnmap)
+            let end = min(range.end, data.size)
+            guard range.offset < end else { return }
+            try await data.writeZeroes(ByteRange(from: range.offset, to: end), .mayUnmap)
             return
         }
         if !hasZeroFlag, hasBacking(from: range.offset) {

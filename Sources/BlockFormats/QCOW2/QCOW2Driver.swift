@@ -147,9 +147,13 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
                 users.uses.insert(.consistentRead)
                 users.shares.subtract([.write, .resize])
             }
-        } else if !edge.roles.contains(.metadata), users.uses.contains(.resize) {
-            // A data file: bytes between the old end and the new one are zeroed, or reserved.
-            users.uses.insert(.write)
+        } else if !edge.roles.contains(.metadata) {
+            // A data file that is shorter than the disk grows with the first write past its end.
+            if !users.uses.isDisjoint(with: [.write, .writeUnchanged]), edge.size < node.size {
+                users.uses.insert(.resize)
+            }
+            // Bytes between the old end and the new one are zeroed, or reserved.
+            if users.uses.contains(.resize) { users.uses.insert(.write) }
         }
         return DefaultAccess.access(
             roles: edge.roles, isWritable: !node.isReadOnly, for: users)
