@@ -154,8 +154,9 @@ private final class Comparison: @unchecked Sendable {
         // Of a cluster that is longer: a compressed one is unpacked once then.
         pieceLength = min(max(Self.pieceBytes, unit), Self.partBytesMax)
         isPlain = (Self.isPlain(first.node), Self.isPlain(second.node))
-        common = min(first.size, second.size)
-        end = max(first.size, second.size)
+        let sizes = (first.node.sizeInWholeSectors, second.node.sizeInWholeSectors)
+        common = min(sizes.0, sizes.1)
+        end = max(sizes.0, sizes.1)
     }
 
     func run() async throws(ImageCompare.Failure) -> ImageCompare.Result {
@@ -243,7 +244,7 @@ private final class Comparison: @unchecked Sendable {
         if found.depth == nil { storage.flags.remove(.allocated) }
         storage.hasPlace = found.mapping != nil
         // An extent that ends with its image is another one than an extent that something follows.
-        storage.endsImage = offset + found.count == image.size
+        storage.endsImage = offset + found.count == image.node.sizeInWholeSectors
         var place: FilePlace?
         if isPlain, let mapping = found.mapping,
             let reader = (mapping.node.driver as? FileDriver)?.reader

@@ -3,6 +3,11 @@ import BlockGraph
 import BlockProtocols
 import QMP
 
+extension BlockNode {
+    /// A file that ends within a sector is shown to the sector's end, as everybody rounds it.
+    var sizeInWholeSectors: Int { size.roundedUp(to: 512) ?? size }
+}
+
 /// What `info` tells of one image.
 public struct ImageInfo: Sendable {
     public var filename: String
@@ -32,8 +37,7 @@ public struct ImageInfo: Sendable {
         snapshots = node.driver.snapshotStore?.internalSnapshots ?? []
         self.filename = filename ?? node.driver.filename
         format = node.description.name
-        // A file that ends within a sector is shown to its end, as everybody rounds it.
-        virtualSize = node.size.roundedUp(to: 512) ?? node.size
+        virtualSize = node.sizeInWholeSectors
         var storage = node
         while let file = storage.file { storage = file.node }
         if let file = storage.driver as? FileDriver {

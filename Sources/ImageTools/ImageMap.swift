@@ -22,7 +22,11 @@ public enum ImageMap {
         public var filename: String?
     }
 
-    /// Walks `range` of the node behind `edge`, calling `found` for each entry as it is known.
+    /// Where the map of a node ends: past the node's end, where that is within a sector.
+    public static func end(of edge: Edge) -> Int { edge.node.sizeInWholeSectors }
+
+    /// Walks `range` of the node behind `edge`, up to ``end(of:)`` at most, calling `found` for each entry as
+    /// it is known.
     public static func walk(
         _ edge: Edge, _ range: ByteRange, _ found: (Entry) -> Void
     ) async throws(BlockError) {
@@ -30,22 +34,54 @@ public enum ImageMap {
         var names = NodeNames()
         let answer = BlockStatusList()
         var current: Entry?
+        func add(_ next: Entry) {
+            if current.map({ $0.goesOn(in: next) }) == true {
+                current?.length += next.length
+            } else {
+                if let current { found(current) }
+                current = next
+            }
+        }
         var offset = range.offset
-        while offset < range.end {
-            try await edge.chainStatus(ByteRange(from: offset, to: range.end), into: answer)
-            for status in answer.runs {
+        let end = min(range.end, edge.size)
+        while offset < end {
+            try await edge.chainStatus(ByteRange(from: offset, to: end), into: answer)
+            for var status in answer.runs {
+                if !isPresent(status),
+                    let rest = sectorRest(ByteRange(offset, status.count), layers, &names)
+                {
+                    add(rest)
+                    offset += rest.length
+                    status.count -= rest.length
+                    if status.count == 0 { continue }
+                }
                 var next = entry(offset, status, layers, &names)
                 if next.isData, next.isZero, !layers[next.depth].asksFile { next.isZero = false }
                 offset += status.count
-                if current.map({ $0.goesOn(in: next) }) == true {
-                    current?.length += next.length
-                } else {
-                    if let current { found(current) }
-                    current = next
-                }
+                add(next)
             }
         }
+        if offset < range.end,
+            let rest = sectorRest(ByteRange(from: offset, to: range.end), layers, &names)
+        {
+            add(rest)
+        }
         if let current { found(current) }
+    }
+
+    /// The start of `range`, as far as it is the rest of the sector within which an image ends: zeroes of
+    /// that image's. `nil` where it is none, or the image's bytes have no place of their own.
+    private static func sectorRest(
+        _ range: ByteRange, _ layers: [Layer], _ names: inout NodeNames
+    ) -> Entry? {
+        guard let depth = layers.firstIndex(where: { $0.size <= range.offset }),
+            let place = layers[depth].place, let end = layers[depth].size.roundedUp(to: 512),
+            range.offset < end
+        else { return nil }
+        return Entry(
+            start: range.offset, length: min(range.end, end) - range.offset, depth: depth,
+            isPresent: true, isZero: true, isData: false, isCompressed: false,
+            offset: place.offset + range.offset, filename: names.name(of: place.node))
     }
 
     /// The last name that was asked for: a driver may have to put it together.
@@ -66,6 +102,8 @@ public enum ImageMap {
         var size: Int
         /// Whether the holes of its file are shown as zeroes.
         var asksFile: Bool
+        /// Of one that ends within a sector: the storage that has its bytes, and from where on.
+        var place: (node: BlockNode, offset: Int)?
     }
 
     /// The images of the chain, top first.
@@ -88,17 +126,28 @@ public enum ImageMap {
                     asks = try await image.isPreallocated(storedBytes: file.allocatedBytes())
                 }
             }
-            result.append(Layer(size: node.size, asksFile: asks))
+            var layer = Layer(size: node.size, asksFile: asks)
+            if !layer.size.isAligned(to: 512),
+                let last = try? node.driver.locate(ByteRange(layer.size - 1, 1))
+            {
+                layer.place = (last.node, last.range.offset - (layer.size - 1))
+            }
+            result.append(layer)
             next = node.backing?.node
         }
         return result
+    }
+
+    /// Whether a layer has it.
+    private static func isPresent(_ status: BlockStatus) -> Bool {
+        status.depth != nil && status.flags.contains(.allocated)
     }
 
     private static func entry(
         _ offset: Int, _ status: BlockStatus, _ layers: [Layer], _ names: inout NodeNames
     ) -> Entry {
         let lowest = layers.count - 1
-        let isPresent = status.depth != nil && status.flags.contains(.allocated)
+        let isPresent = isPresent(status)
         var depth = status.depth ?? lowest
         if !isPresent {
             let ended = layers.indices.first { $0 > 0 && layers[$0].size <= offset }

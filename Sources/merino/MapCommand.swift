@@ -29,8 +29,9 @@ struct MapCommand: ParsableCommand {
             let (wanted, isJSON) = (count ?? .max, output == .json)
             try ToolSession.run { session throws(BlockError) in
                 let edge = try await session.use(source, as: "image map")
-                let begin = min(first, edge.size)
-                let range = ByteRange(begin, min(wanted, edge.size - begin))
+                let end = ImageMap.end(of: edge)
+                let begin = min(first, end)
+                let range = ByteRange(begin, min(wanted, end - begin))
                 var failure: BlockError?
                 var isFirst = true
                 var lines = OutputText()

@@ -129,6 +129,11 @@ enum CompatibleLines {
         #"qemu-img map -f raw a.qcow2"#,
         #"qemu-img map o.qcow2"#,
         #"qemu-img map r.raw"#,
+        #"for n in 0 1 512 700; do head -c $n a.qcow2 > x; qemu-img map -f raw --output=json x; qemu-img map -f raw x; done"#,
+        #"qemu-img map -f raw --output=json short.raw"#,
+        #"qemu-img map -f raw --output=json -s 200 -l 200 short.raw"#,
+        #"qemu-img map -f raw --output=json -s 400 short.raw"#,
+        #"qemu-img create -q -f qcow2 -b short.raw -F raw x 4k && qemu-img map --output=json x"#,
         #"qemu-img map nosuch"#,
     ]
 
@@ -145,6 +150,10 @@ enum CompatibleLines {
         #"qemu-img compare -T nosuch a.qcow2 same.qcow2"#,
         #"qemu-img compare -s r.raw short.raw"#,
         #"qemu-img compare r.raw short.raw"#,
+        #"cp short.raw x; truncate -s 512 x; qemu-img compare -f raw -F raw x short.raw"#,
+        #"cp short.raw x; truncate -s 512 x; qemu-img compare -s -f raw -F raw x short.raw"#,
+        #"head -c 1 short.raw > x; qemu-img compare -s -f raw -F raw x short.raw"#,
+        #"head -c 1 short.raw > x; qemu-img compare -f raw -F raw x short.raw"#,
         #"qemu-img compare r.raw luks.qcow2"#,
     ]
 
