@@ -86,7 +86,7 @@ public final class BlockGraph: @unchecked Sendable {
 
     func openUnheld(
         _ options: JSONValue, inheriting inherited: NodeOptions, needsName: Bool, nesting: Int,
-        depth: Int
+        depth: Int, above: NodeOpening? = nil, isNamedAbove: Bool = false
     ) async throws(BlockError) -> BlockNode {
         guard nesting < Limits.jsonDepthMax else {
             throw BlockError(.exhausted, "node options nest deeper than \(Limits.jsonDepthMax)")
@@ -114,7 +114,9 @@ public final class BlockGraph: @unchecked Sendable {
         byName[name] = node
         node.hold("opening")
         do throws(BlockError) {
-            let opening = NodeOpening(node: node, options: reader, nesting: nesting, depth: depth)
+            let opening = NodeOpening(
+                node: node, options: reader, nesting: nesting, depth: depth, above: above,
+                isNamedAbove: isNamedAbove)
             let driver = try await description.open(opening)
             node.setDriver(driver)
             try reader.finish()

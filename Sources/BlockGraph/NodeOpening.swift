@@ -11,15 +11,24 @@ public final class NodeOpening {
     private let nesting: Int
     /// How many nodes are being opened above it.
     private let depth: Int
+    /// What opens the node as a child.
+    private let above: NodeOpening?
+    /// The image above names it: no option does.
+    private let isNamedAbove: Bool
 
     public var graph: BlockGraph { node.graph }
     public var thread: IOThread { node.thread }
 
-    init(node: BlockNode, options: OptionReader, nesting: Int, depth: Int) {
+    init(
+        node: BlockNode, options: OptionReader, nesting: Int, depth: Int,
+        above: NodeOpening? = nil, isNamedAbove: Bool = false
+    ) {
         self.node = node
         self.options = options
         self.nesting = nesting
         self.depth = depth
+        self.above = above
+        self.isNamedAbove = isNamedAbove
     }
 
     /// Opens or refers to the child that option `name` describes.
@@ -44,10 +53,12 @@ public final class NodeOpening {
             child = try await node.graph.openUnheld(
                 value, inheriting: node.options.inherited(by: roles), needsName: false,
                 // What an image says of the next one is nested in nothing.
-                nesting: given == nil ? 0 : nesting + 1, depth: depth + 1)
+                nesting: given == nil ? 0 : nesting + 1, depth: depth + 1, above: self,
+                isNamedAbove: given == nil)
         }
         let transaction = GraphTransaction(node.graph)
         do throws(BlockError) {
+            if roles.contains(.primary) { try checkLoop(child) }
             let edge = try transaction.attach(child, to: .node(node), as: name, roles: roles)
             try transaction.commit()
             if isOpenedHere { child.openedFor = edge }
@@ -56,6 +67,31 @@ public final class NodeOpening {
             transaction.abort()
             if isOpenedHere { try? await node.graph.closeUnheld([child]) }
             throw error
+        }
+    }
+
+    /// Images whose names of backing files lead back to one of them would be opened again and again.
+    ///
+    /// - Parameter storage: what the node's own image is in.
+    private func checkLoop(_ storage: BlockNode) throws(BlockError) {
+        guard node.description.supportsBacking, storage.description.kind == .storage else { return }
+        var isNamed = isNamedAbove
+        // The image right above.
+        var namer: BlockNode?
+        var next = above
+        while let opening = next {
+            if opening.node.description.supportsBacking, let file = opening.node.file?.node {
+                namer = namer ?? file
+                if isNamed, file.description.kind == .storage,
+                    file.driver.isSameStorage(as: storage.driver)
+                {
+                    throw .backingLoop(
+                        storage.driver.filename, namedBy: (namer ?? file).driver.filename,
+                        isItself: namer === file)
+                }
+            }
+            isNamed = isNamed || opening.isNamedAbove
+            next = opening.above
         }
     }
 
@@ -146,5 +182,23 @@ public final class ImageCreation: NodeUser {
             } catch { failure = failure ?? error }
         }
         if let failure { throw failure }
+    }
+}
+
+extension BlockError {
+    /// Following the names of backing files comes back to an image.
+    ///
+    /// - Parameters:
+    ///   - name: of that image.
+    ///   - above: the image that names it.
+    public static func backingLoop(
+        _ name: String, namedBy above: String, isItself: Bool
+    ) -> BlockError {
+        BlockError(
+            .corrupt,
+            isItself
+                ? "the image '\(above)' names itself as its backing file"
+                : "the backing chain is a loop: '\(above)' names '\(name)', which is above it",
+            remedy: "give another backing file, or none, with 'rebase -u'")
     }
 }

@@ -3,6 +3,40 @@ import BlockGraph
 import BlockIO
 import QMP
 
+/// The images that a walk down a chain has met and that have something below them: each comes once.
+struct ImagesAbove {
+    /// What an image is told from others by.
+    private enum Key: Hashable {
+        case file(FileIdentity)
+        /// Options may show different parts of one file.
+        case name(String)
+    }
+
+    private var keys: Set<Key> = []
+    private var last: (key: Key, name: String)?
+
+    /// - Throws: when the image was there before, or the chain is too long.
+    mutating func add(_ image: ImageSource) throws(BlockError) {
+        let key = Self.key(of: image)
+        guard keys.insert(key).inserted else {
+            throw .backingLoop(
+                image.name, namedBy: last?.name ?? image.name, isItself: last?.key == key)
+        }
+        guard keys.count < Limits.graphDepthMax else {
+            throw BlockError(
+                .exhausted, "the backing chain is longer than \(Limits.graphDepthMax) images")
+        }
+        last = (key, image.name)
+    }
+
+    private static func key(of image: ImageSource) -> Key {
+        guard !image.isOptions, case .path(let path) = ImageName.kind(image.name),
+            let identity = FileIdentity(ofFileAt: path)
+        else { return .name(image.name) }
+        return .file(identity)
+    }
+}
+
 /// An image and the images below it, each opened by itself, so that any of them can be written.
 ///
 /// What lies below an image is what the user's options say (`backing`), or else what the image names.
@@ -58,7 +92,7 @@ struct ImageChain {
         _ source: ImageSource, in session: ToolSession
     ) async throws(BlockError) -> [Found] {
         var result: [Found] = []
-        var seen: Set<String> = []
+        var above = ImagesAbove()
         var next: (source: ImageSource, isNamed: Bool)? = (source, true)
         while let current = next {
             var layer = current.source
@@ -72,13 +106,7 @@ struct ImageChain {
             layer.withoutBacking = false
             result.append(Found(source: layer, info: info, isNamedAbove: current.isNamed))
             next = try below(layer, given, info)
-            guard let next else { break }
-            guard seen.insert(next.source.name).inserted, result.count < Limits.graphDepthMax else {
-                throw BlockError(
-                    .corrupt,
-                    "the backing chain of '\(result[0].info.filename)' comes back to "
-                        + "'\(next.source.name)'")
-            }
+            if next != nil { try above.add(layer) }
         }
         return result
     }

@@ -60,7 +60,7 @@ public struct ImageInfo: Sendable {
         _ source: ImageSource, chain: Bool, in session: ToolSession
     ) async throws(BlockError) -> [ImageInfo] {
         var result: [ImageInfo] = []
-        var seen: Set<String> = []
+        var above = ImagesAbove()
         var next: ImageSource? = source
         while var source = next {
             source.withoutBacking = true
@@ -72,11 +72,7 @@ public struct ImageInfo: Sendable {
             result.append(info)
             next = nil
             guard chain, !source.isUntrusted, let path = info.backingPath else { break }
-            guard seen.insert(path).inserted, result.count < Limits.graphDepthMax else {
-                throw BlockError(
-                    .corrupt, "the backing chain of '\(result[0].filename)' comes back to '\(path)'"
-                )
-            }
+            try above.add(source)
             var below = ImageSource(path, format: info.backingFormat)
             below.sharesAll = source.sharesAll
             below.objects = source.objects

@@ -44,6 +44,29 @@ import Testing
         try place.tool("qemu-img", "map", "--output=json", name).output
     }
 
+    // MARK: Loops
+
+    @Test(arguments: [
+        "info --backing-chain", "map", "io -c length", "io -r -c length", "measure -O raw",
+    ])
+    func aChainThatComesBackToAnImageIsToldAsALoop(command: String) throws {
+        let place = try Workplace()
+        for (name, backing) in [("x", "own"), ("first", "./second"), ("second", "first")] {
+            try place.tool(
+                "qemu-img", "create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", backing, name,
+                "1M")
+        }
+        try place.tool("mv", "x", "own")
+        let words = command.split(separator: " ").map(String.init)
+        let own = try place.run(Workplace.merino, words + ["own"])
+        #expect(own.status == 1)
+        #expect(own.errors.contains("'own' names itself"), "\(own.errors)")
+        let loop = try place.run(Workplace.merino, words + ["first"])
+        #expect(loop.status == 1)
+        #expect(loop.errors.contains("is a loop: "), "\(loop.errors)")
+        #expect(loop.errors.contains("second' names '"), "\(loop.errors)")
+    }
+
     // MARK: Commit
 
     @Test("commit leaves base and image alike", arguments: ["compat=1.1", "compat=0.10"])
