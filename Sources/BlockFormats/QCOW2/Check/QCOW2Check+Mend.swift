@@ -82,6 +82,9 @@ extension QCOW2Check {
         if findings.brokenBlockCount > 0, findings.leakCount > 0 {
             note("No leaks are repaired while refcount blocks are wrong")
             report.leaks += findings.leakCount
+        } else if !mendsLeaks, findings.leakCount > 0 {
+            note("No leaks are repaired while snapshots cannot be read: they may be theirs")
+            report.leaks += findings.leakCount
         } else if findings.leakCount > 0 {
             try await writeCounts(raises: false)
             report.leaksFixed += findings.leakCount
@@ -95,7 +98,8 @@ extension QCOW2Check {
                 return
             }
             var stored = findings.stored
-            for (cluster, count) in stored where count > counts.count(of: cluster) {
+            for (cluster, count) in stored
+            where self.mendsLeaks && count > counts.count(of: cluster) {
                 stored[cluster] = nil
             }
             if counts.hasWrongFlags || !stored.isEmpty {

@@ -124,7 +124,7 @@ extension QCOW2Check {
         if findings.stored.count < Self.rememberedMax { findings.stored[cluster] = stored }
         if stored > count { findings.leakCount += 1 } else { findings.lowCount += 1 }
         guard !isComparedOnce else { return }
-        let mends = stored > count ? repair.contains(.leaks) : mendsCounts
+        let mends = stored > count ? mendsLeaks : mendsCounts
         let word = mends ? "Repairing" : stored > count ? "Leaked" : "ERROR"
         note("\(word) cluster \(cluster) refcount=\(stored) reference=\(count)")
     }

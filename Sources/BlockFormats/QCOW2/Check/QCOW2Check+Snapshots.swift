@@ -22,23 +22,39 @@ extension QCOW2Check {
     /// nowhere, and completes incomplete ones, in a new table.
     func readSnapshots() async throws(BlockError) {
         guard header.snapshotCount > 0 else { return }
+        let first = header.snapshotsOffset >> clusterBits
+        if header.snapshotsOffset >= fileSize {
+            return loseSnapshots(from: 0, "is past the end of the file")
+        }
+        if vital.contains(where: { $0.contains(first) }) {
+            return loseSnapshots(from: 0, "lies over the header or the disk's tables")
+        }
         var source = Source()
         for number in 0..<header.snapshotCount {
             guard let raw = try await nextSnapshot(&source) else {
-                corruption(
-                    "the snapshot table ends within entry \(number) of \(header.snapshotCount)",
-                    mended: true)
-                rewritesSnapshotTable = mendsErrors
+                loseSnapshots(from: number, "ends within entry \(number)")
                 break
             }
             snapshotTableBytes = source.position
             guard let snapshot = checkedSnapshot(raw) else {
+                lacksSnapshots = true
                 rewritesSnapshotTable = mendsErrors
                 continue
             }
             snapshots.append(snapshot)
             if mendsErrors, snapshot.entry != raw { rewritesSnapshotTable = true }
         }
+    }
+
+    /// The entries from `number` on cannot be read: a repair of errors has to do without them.
+    private func loseSnapshots(from number: Int, _ fault: String) {
+        let lost = header.snapshotCount - number
+        let name = lost == 1 ? "1 snapshot" : "\(lost) snapshots"
+        corruption(
+            "the table of \(header.snapshotCount) snapshots at \(header.snapshotsOffset) \(fault): "
+                + (mendsErrors ? "\(name) dropped" : "\(name) cannot be read"), mended: true)
+        lacksSnapshots = true
+        rewritesSnapshotTable = mendsErrors
     }
 
     /// What the snapshot table is to become; `nil` while it stays.

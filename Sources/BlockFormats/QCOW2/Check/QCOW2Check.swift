@@ -117,6 +117,8 @@ final class QCOW2Check {
     var snapshotTableBytes = 0
     /// The snapshot table is written anew, with ``snapshots``.
     var rewritesSnapshotTable = false
+    /// There are some whose clusters are not known: these look like leaks.
+    var lacksSnapshots = false
     /// As far as they are sound.
     var bitmaps = Bitmaps()
     /// Where the encryption header is.
@@ -183,6 +185,8 @@ final class QCOW2Check {
     var clusterBits: Int { geometry.clusterBits }
     var mendsErrors: Bool { mendsCounts && !isOpening }
     var mendsCounts: Bool { repair.contains(.errors) }
+    /// A repair of leaks alone takes nothing from snapshots that it does not see.
+    var mendsLeaks: Bool { repair.contains(.leaks) && (mendsCounts || !lacksSnapshots) }
     /// Flags that follow from refcounts are set right with these.
     var mendsFlags: Bool { mendsCounts || flagsAreAlone }
     /// Entries that are wrong count as a repair leaves them.
