@@ -328,13 +328,25 @@ import Glibc
 
     // MARK: Snapshots
 
-    @Test func aSnapshotIsNotPutOverDataWithoutACount() async throws {
+    enum Part: CaseIterable, Sendable { case l1Table, l2Table, data }
+
+    @Test(arguments: Part.allCases, ["cached", "none"])
+    func aSnapshotIsNotPutOverWhatTheDiskNeedsAndHasNoCount(
+        part: Part, overlapCheck: String
+    ) async throws {
         let folder = try Self.image { bytes in
-            bytes.setCount(bytes.offset(bytes.entry(0)) >> 16, 0)
+            let place =
+                switch part {
+                case .l1Table: bytes.l1
+                case .l2Table: bytes.l2
+                case .data: bytes.offset(bytes.entry(0))
+                }
+            bytes.setCount(place >> 16, 0)
         }
         let contents = try await folder.contents("a.qcow2")
         let error = await #expect(throws: BlockError.self) {
-            try await folder.open("a.qcow2") { edge throws(BlockError) in
+            try await folder.open("a.qcow2", options: ["overlap-check": .string(overlapCheck)]) {
+                edge throws(BlockError) in
                 try await QCOW2SnapshotTests.create(edge, "t")
             }
         }

@@ -67,7 +67,10 @@ extension QCOW2Driver: InternalSnapshotStore {
         var isRetained = false
         var copy: QCOW2Refcounts.Allocation?
         do throws(BlockError) {
-            // First: it finds what is in use with a count of 0, which would be handed out.
+            // First: they find what is in use with a count of 0, which would be handed out. L2 tables are
+            // among what the references are to; the L1 table is not.
+            try await refcounts.requireUsed(
+                image.header.l1Offset >> geometry.clusterBits, l1Clusters(image.l1.count))
             let shared = try await changeReferences(of: image.l1, .retain)
             isRetained = true
             if !image.l1.isEmpty {

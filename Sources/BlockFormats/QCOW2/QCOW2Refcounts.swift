@@ -284,6 +284,15 @@ final class QCOW2Refcounts {
         }
     }
 
+    /// - Throws: when one of `count` clusters, which are in use, counts as free: the image is marked corrupt.
+    func requireUsed(_ first: Int, _ count: Int) async throws(BlockError) {
+        var free: Int?
+        try await visit(first, count) { cluster, value in
+            if value == 0, free == nil { free = cluster }
+        }
+        if let free { throw await unused(free) }
+    }
+
     private func usedSlice(for cluster: Int) async throws(BlockError) -> QCOW2TableCache.Slice {
         guard let slice = try await slice(for: cluster) else {
             throw await image.corruption("cluster \(cluster) is in use but has no refcount")
