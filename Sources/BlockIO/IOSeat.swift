@@ -56,10 +56,7 @@ public final class IOSeat: TaskExecutor, @unchecked Sendable {
     public func spawn(_ body: sending @escaping @isolated(any) () async -> Void) -> Task<
         Void, Never
     > {
-        if isCurrent {
-            return Task.immediate(executorPreference: self, operation: body)
-        }
-        return Task(executorPreference: self, operation: body)
+        start(body, isThere: isCurrent)
     }
 
     public func enqueue(_ job: consuming ExecutorJob) {
@@ -68,6 +65,15 @@ public final class IOSeat: TaskExecutor, @unchecked Sendable {
 }
 
 extension TaskExecutor {
+    /// Starts a task here. It begins at once, before this returns, where the caller `isThere` already.
+    @inline(__always)
+    func start(
+        _ body: sending @escaping @isolated(any) () async -> Void, isThere: Bool
+    ) -> Task<Void, Never> {
+        if isThere { return Task.immediate(executorPreference: self, operation: body) }
+        return Task(executorPreference: self, operation: body)
+    }
+
     /// Suspends the calling task, which prefers this executor, until it is where that is. Not by yielding,
     /// which goes through the threads of Swift's own pool.
     func reach(_ isThere: () -> Bool) async {
@@ -83,6 +89,7 @@ extension TaskExecutor {
     func carryOut<T>(
         _ isThere: () -> Bool, _ body: () async throws(BlockError) -> T
     ) async throws(BlockError) -> T {
+        if isThere() { return try await body() }
         let result = await withTaskExecutorPreference(self) { () async -> Result<T, BlockError> in
             // The preference counts from the next time that the task is resumed.
             await reach(isThere)
@@ -104,8 +111,7 @@ extension IOThread {
     public func visit<T>(
         _ body: () async throws(BlockError) -> T
     ) async throws(BlockError) -> T {
-        if isCurrent { return try await body() }
-        return try await carryOut({ isCurrent }, body)
+        try await carryOut({ isCurrent }, body)
     }
 }
 
@@ -114,7 +120,6 @@ extension IOSeat {
     public func visit<T>(
         _ body: () async throws(BlockError) -> T
     ) async throws(BlockError) -> T {
-        if isCurrent { return try await body() }
-        return try await carryOut({ isCurrent }, body)
+        try await carryOut({ isCurrent }, body)
     }
 }

@@ -123,10 +123,7 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
     public func spawn(_ body: sending @escaping @isolated(any) () async -> Void) -> Task<
         Void, Never
     > {
-        if isCurrent {
-            return Task.immediate(executorPreference: self, operation: body)
-        }
-        return Task(executorPreference: self, operation: body)
+        start(body, isThere: isCurrent)
     }
 
     /// Runs `body` here and gives back what it returns or throws.
