@@ -174,6 +174,15 @@ public protocol BlockDriver: AnyObject, Sendable {
     /// - Throws: where the driver's promises would not outlive that.
     func checkReplacement(of edge: Edge, with node: BlockNode) throws(BlockError)
 
+    /// The bytes behind `edge` are about to become others at one go: the child, or a node further below, is
+    /// replaced by one that does not have the same, or comes or goes. Asked after
+    /// ``checkReplacement(of:with:)``, and of every node above.
+    ///
+    /// What holds a driver's metadata stays, by default.
+    ///
+    /// - Throws: where somebody relies on what is there.
+    func checkOtherBytes(behind edge: Edge) throws(BlockError)
+
     /// The child whose bytes are the node's, all of them from the first on, where the driver is no filter.
     var wholeChild: Edge? { get }
 
@@ -261,6 +270,9 @@ extension BlockDriver {
     public func abortAccess() {}
     public func checkReplacement(of edge: Edge, with node: BlockNode) throws(BlockError) {
         if edge.roles.contains(.metadata) { try edge.requireSameBytes(in: node) }
+    }
+    public func checkOtherBytes(behind edge: Edge) throws(BlockError) {
+        if edge.roles.contains(.metadata) { try edge.refuseOtherBytes() }
     }
     public var wholeChild: Edge? { nil }
     public func isSameStorage(as other: any BlockDriver) -> Bool { other === self }

@@ -69,7 +69,8 @@ public final class GraphTransaction {
     /// Puts `node` in the place of the child behind `edge`.
     ///
     /// - Throws: `invalidArgument` when a loop would come about; `permissionDenied` when the node has
-    ///   another size than users count on; what the parent's driver refuses with.
+    ///   another size than users count on; what the parent's driver refuses with, or one above that relies
+    ///   on the bytes that are there.
     public func replace(_ edge: Edge, with node: BlockNode) throws(BlockError) {
         let old = edge.node
         guard old !== node else { return }
@@ -78,6 +79,7 @@ public final class GraphTransaction {
         if let parent = edge.parentNode, parent.isOpen {
             try parent.driver.checkReplacement(of: edge, with: node)
         }
+        if !edge.hasSameBytes(in: node) { try edge.checkOtherBytes() }
         try edge.checkSize(of: node)
         if let parent = edge.parentNode, node.reaches(parent) {
             throw BlockError(

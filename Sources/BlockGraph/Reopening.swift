@@ -196,10 +196,13 @@ private struct ReopeningPlan {
                 for change in step.childChanges {
                     switch change {
                     case .attach(let child, let name, let roles):
-                        _ = try transaction.attach(
+                        let edge = try transaction.attach(
                             child, to: .node(step.node), as: name, roles: roles)
+                        try edge.checkOtherBytes()
                     case .replace(let edge, let child): try transaction.replace(edge, with: child)
-                    case .detach(let edge): transaction.detach(edge)
+                    case .detach(let edge):
+                        try edge.checkOtherBytes()
+                        transaction.detach(edge)
                     }
                 }
             }

@@ -16,18 +16,44 @@ extension BlockNode {
 }
 
 extension Edge {
+    /// Whether `other` has the same bytes as the child.
+    func hasSameBytes(in other: BlockNode) -> Bool {
+        let (origin, otherOrigin) = (node.origin, other.origin)
+        return origin === otherOrigin || otherOrigin.driver.isSameStorage(as: origin.driver)
+    }
+
     /// - Throws: `unsupported` unless `other` has the same bytes as the child.
     public func requireSameBytes(in other: BlockNode) throws(BlockError) {
-        let (origin, otherOrigin) = (node.origin, other.origin)
-        guard origin !== otherOrigin, !otherOrigin.driver.isSameStorage(as: origin.driver) else {
-            return
-        }
+        guard !hasSameBytes(in: other) else { return }
         throw BlockError(
             .unsupported,
             "'\(other.name)' does not have the bytes of '\(node.name)', in which its parent has its "
                 + "metadata",
             remedy: "put a filter above '\(node.name)' in its place, or a node on the same file",
             node: parentNode?.name)
+    }
+
+    /// For a driver that has its metadata behind the edge.
+    public func refuseOtherBytes() throws(BlockError) {
+        throw BlockError(
+            .unsupported,
+            "the node has its metadata in '\(node.name)', whose bytes would become others",
+            remedy: "change what is below it by a filter, or by a node on the same file",
+            node: parentNode?.name)
+    }
+
+    /// Asks everybody above whether the bytes that come from the child may become others: it is replaced by
+    /// a node that does not have the same, or it comes or goes.
+    ///
+    /// - Throws: what one of the drivers refuses with.
+    func checkOtherBytes() throws(BlockError) {
+        var seen = Set<ObjectIdentifier>()
+        var rest = [self]
+        while let edge = rest.popLast() {
+            guard let parent = edge.parentNode, parent.isOpen else { continue }
+            try parent.driver.checkOtherBytes(behind: edge)
+            if seen.insert(ObjectIdentifier(parent)).inserted { rest += parent.parents }
+        }
     }
 
     /// Users who rely on the size, such as clients that were told it, do not get a child of another.

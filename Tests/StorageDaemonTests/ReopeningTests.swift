@@ -293,6 +293,96 @@ extension BlockGraph {
         }
     }
 
+    /// Images `one` and `two` with a byte of their own, and `top` over `one`, all open.
+    private static func openOverlay(
+        _ folder: ReopeningFolder, in graph: BlockGraph
+    ) async throws(BlockError) {
+        for (name, byte) in [("one", UInt8(1)), ("two", 2)] {
+            _ = try await graph.open(folder.qcow2(name), monitorOwned: true)
+            try await graph.fill(name, byte)
+        }
+        _ = try await graph.open(folder.qcow2("top", ["backing": "one"]), monitorOwned: true)
+    }
+
+    @Test func aSnapshotThatIsReadKeepsTheBackingThatItReads() async throws {
+        let folder = try ReopeningFolder()
+        for name in ["one", "two", "top"] { try folder.image(name, "-f", "qcow2") }
+        try #require(try folder.run("qemu-img", "snapshot", "-c", "s", "$/top") == 0)
+        try await folder.graph { graph throws(BlockError) in
+            func filter(over node: JSONValue) -> JSONValue {
+                ["driver": "blkdebug", "node-name": "filter", "image": node]
+            }
+            try await Self.openOverlay(folder, in: graph)
+            _ = try await graph.open(filter(over: "one"), monitorOwned: true)
+            let view = try await graph.open(
+                [
+                    "driver": "snapshot-access", "node-name": "view", "file": "top",
+                    "snapshot-name": "s",
+                ], monitorOwned: true)
+            for backing in ["two", .null] as [JSONValue] {
+                let why = await graph.refusal([folder.qcow2("top", ["backing": backing])])
+                #expect(why.contains("'view' reads a snapshot"), "\(why)")
+            }
+            #expect(try await graph.byte("view") == 1)
+            // The same bytes, by way of a filter; they stay the same below that, too.
+            try await graph.reopen([folder.qcow2("top", ["backing": "filter"])])
+            let below = await graph.refusal([filter(over: "two")])
+            #expect(below.contains("'view' reads a snapshot"), "\(below)")
+            #expect(try await graph.byte("view") == 1)
+            try await graph.remove(view)
+            try await graph.reopen([folder.qcow2("top", ["backing": "two"])])
+            #expect(try await graph.byte("top") == 2)
+        }
+    }
+
+    @Test func aFrozenViewKeepsTheBackingOfItsDisk() async throws {
+        let folder = try ReopeningFolder()
+        for name in ["one", "two", "top"] { try folder.image(name, "-f", "qcow2") }
+        try folder.image("temp", "-f", "raw")
+        try await folder.graph { graph throws(BlockError) in
+            try await Self.openOverlay(folder, in: graph)
+            _ = try await graph.open(folder.file("temp"), monitorOwned: true)
+            let filter = try await graph.open(
+                [
+                    "driver": "copy-before-write", "node-name": "cbw", "file": "top",
+                    "target": "temp",
+                ], monitorOwned: true)
+            let view = try await graph.open(
+                ["driver": "snapshot-access", "node-name": "view", "file": "cbw"],
+                monitorOwned: true)
+            let why = await graph.refusal([folder.qcow2("top", ["backing": "two"])])
+            #expect(why.contains("its snapshot has data in 'top'"), "\(why)")
+            #expect(try await graph.byte("view") == 1)
+            try await graph.remove(view)
+            try await graph.remove(filter)
+            try await graph.reopen([folder.qcow2("top", ["backing": "two"])])
+            #expect(try await graph.byte("top") == 2)
+        }
+    }
+
+    @Test func aFilterBelowAFormatGetsNoOtherFile() async throws {
+        let folder = try ReopeningFolder()
+        try folder.image("a", "-f", "qcow2")
+        try folder.image("b", "-f", "raw")
+        try await folder.graph { graph throws(BlockError) in
+            for name in ["a", "b"] {
+                _ = try await graph.open(
+                    .object([
+                        "driver": "file", "node-name": .string("\(name)-file"),
+                        "filename": .string(folder[name]),
+                    ]), monitorOwned: true)
+            }
+            func filter(over node: JSONValue) -> JSONValue {
+                ["driver": "blkdebug", "node-name": "filter", "image": node]
+            }
+            _ = try await graph.open(filter(over: "a-file"), monitorOwned: true)
+            _ = try await graph.open(
+                ["driver": "qcow2", "node-name": "a", "file": "filter"], monitorOwned: true)
+            let why = await graph.refusal([filter(over: "b-file")])
+            #expect(why.contains("has its metadata in 'filter'"), "\(why)")
+        }
+    }
+
     @Test func theFileBelowAFormatIsReplacedAndTheOldOneGoes() async throws {
         let folder = try ReopeningFolder()
         try folder.image("a", "-f", "qcow2")

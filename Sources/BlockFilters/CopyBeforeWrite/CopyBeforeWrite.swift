@@ -219,6 +219,14 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
             remedy: "end the snapshot first")
     }
 
+    /// What was not copied yet is read below, and frozen there.
+    public func checkOtherBytes(behind edge: Edge) throws(BlockError) {
+        guard edge === child, breakage == nil, !node.parents.isEmpty else { return }
+        throw BlockError(
+            .busy, "its snapshot has data in '\(edge.node.name)', whose bytes would become others",
+            remedy: "end the snapshot first", node: node.name)
+    }
+
     public func childResized(_ edge: Edge) {
         // The access to both children keeps others from it; whoever manages it anyway ends the snapshot.
         if child.size < snapshotSize || target.size < snapshotSize {

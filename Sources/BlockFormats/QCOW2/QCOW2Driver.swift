@@ -168,6 +168,17 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
         if edge === file || edge === data { try edge.requireSameBytes(in: node) }
     }
 
+    /// The metadata stays where it is, and so does what a snapshot that is read has in the backing image.
+    public func checkOtherBytes(behind edge: Edge) throws(BlockError) {
+        if edge === file || edge === data { try edge.refuseOtherBytes() }
+        guard edge === node.backing, let user = snapshotUsers.last else { return }
+        throw BlockError(
+            .busy,
+            "'\(user.name)' reads a snapshot of the image, and what that does not have itself below it: "
+                + "that cannot become another image's",
+            remedy: "close '\(user.name)' first", node: node.name)
+    }
+
     /// The file below grows when this driver grows it: the node's size does not follow.
     public func childResized(_ edge: Edge) {}
 
