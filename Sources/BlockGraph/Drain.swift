@@ -13,6 +13,8 @@ public final class DrainSection {
     var roots: [Edge]
     /// The nodes, those above and those below, parents first: what may have work under way.
     private(set) var around: [BlockNode]
+    /// A command waits for their requests, and others run meanwhile: nodes stay on their thread.
+    var isWaiting = false
     /// The nodes whose drivers were told that the drain begins, and the drivers.
     private var told: [(node: BlockNode, driver: any BlockDriver)] = []
 
@@ -91,14 +93,37 @@ extension BlockGraph {
     public func beginDrain(
         _ nodes: [BlockNode], as drain: Drain = Drain()
     ) async -> DrainSection {
+        let section = holdRoots(of: nodes, drain)
+        for edge in section.roots { await edge.untilIdle() }
+        for node in section.around where node.isOpen { await node.driver.settle() }
+        return section
+    }
+
+    /// ``beginDrain(_:as:)`` up to where it has to wait: ``untilIdle(_:)`` does that, and drivers settle when the
+    /// change begins with a drain of its own.
+    ///
+    /// - Returns: whether no request of theirs is in flight.
+    public func holdUsers(of nodes: [BlockNode], as drain: Drain) -> Bool {
+        holdRoots(of: nodes, drain).roots.allSatisfy { $0.inFlight == 0 }
+    }
+
+    private func holdRoots(of nodes: [BlockNode], _ drain: Drain) -> DrainSection {
         thread.preconditionOnThread()
         let section = DrainSection(nodes, drain)
         drains.append(section)
         for edge in section.roots { edge.closeGate() }
         section.begin()
-        for edge in section.roots { await edge.untilIdle() }
-        for node in section.around where node.isOpen { await node.driver.settle() }
         return section
+    }
+
+    /// Waits for the requests of users that are held back. Others may change the graph meanwhile; they may
+    /// also end the drain.
+    public func untilIdle(_ drain: Drain) async {
+        thread.preconditionOnThread()
+        let own = drains.filter { $0.drain === drain }
+        for section in own { section.isWaiting = true }
+        for edge in own.flatMap(\.roots) { await edge.untilIdle() }
+        for section in own { section.isWaiting = false }
     }
 
     public func endDrain(_ section: DrainSection) {

@@ -76,6 +76,14 @@ extension BlockGraph {
                 if let holder = member.temporaryHolds.keys.first(where: { !mayHold.contains($0) }) {
                     throw BlockError(.busy, "it is held by \(holder)")
                 }
+                let isAwaited = drains.contains { section in
+                    section.isWaiting && section.around.contains { $0 === member }
+                }
+                guard !isAwaited else {
+                    throw BlockError(
+                        .busy, "another command waits for requests to it to end",
+                        remedy: "wait for that command")
+                }
                 try member.driver.checkMove(with: component)
                 for edge in member.parents {
                     if case .user(let user) = edge.parent { try user.checkMove(with: component) }

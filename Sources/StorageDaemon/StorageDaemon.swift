@@ -52,6 +52,11 @@ public final class StorageDaemon: @unchecked Sendable {
     public var log: (String) -> Void = { _ in }
     /// What goes on although the command that began it has been replied to; see `Ending.swift`.
     var endings: [Ending] = []
+    /// By commands that wait for their requests, or go on; see `HeldUsers.swift`.
+    var heldUsers: [HeldUsers] = []
+    /// Parts of commands beside which others run.
+    var asideCount = 0
+    let asideEnded = WakeUp()
     /// Called when a client asks the daemon to end.
     public var quit: () -> Void = {}
 
@@ -124,6 +129,7 @@ public final class StorageDaemon: @unchecked Sendable {
     ///
     /// - Throws: the first failure to make something durable; everything is closed all the same.
     public func close() async throws(BlockError) {
+        try await letHeldUsersGo()
         var failure: BlockError?
         do throws(BlockError) {
             try await nbdServer?.stop()
@@ -141,6 +147,7 @@ public final class StorageDaemon: @unchecked Sendable {
         for ending in endings { await ending.task?.value }
         // What a job works on is its own until it ends; then its failure is its own too.
         for job in jobs { await job.task?.value }
+        await untilNothingIsAside()
         try await onEachThread { graph in
             do throws(BlockError) { try await graph.closeAll() } catch {
                 failure = failure ?? error

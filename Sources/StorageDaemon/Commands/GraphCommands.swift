@@ -35,28 +35,56 @@ extension StorageDaemon {
     }
 
     /// `blockdev-reopen`: new options for open nodes, all at one instant or none. They are on one thread;
-    /// nodes that become their children move there.
+    /// nodes that become their children move there. Until the requests that are in flight have ended other
+    /// commands run.
     func blockdevReopen(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "blockdev-reopen")
         let options = try reader.list("options") ?? []
         try reader.finish()
         var home = graph
         if case .string(let name)? = options.first?["node-name"] { home = try graph(of: name) }
-        try await home.thread.visit { () throws(BlockError) in try await home.reopen(options) }
+        let named = Self.texts(in: options)
+        let concerned: (BlockGraph) -> [BlockNode] = { [home] graph in
+            graph === home
+                ? graph.nodes : named.compactMap { graph.node(named: $0) }.flatMap(\.component)
+        }
+        try await holdingUsers(of: concerned) { [home] _ throws(BlockError) in
+            try await home.thread.visit { () throws(BlockError) in
+                try await home.reopen(options)
+            }
+        }
         return [:]
     }
 
-    /// `blockdev-replace`: puts a node in the place of a child of a node, or below an export.
+    /// All texts in options: among them the names of nodes that become children.
+    private static func texts(in options: [JSONValue]) -> Set<String> {
+        var result: Set<String> = []
+        var rest = options
+        while let value = rest.popLast() {
+            switch value {
+            case .string(let text): result.insert(text)
+            case .array(let values): rest += values
+            case .object(let object): rest += object.members.map(\.value)
+            default: break
+            }
+        }
+        return result
+    }
+
+    /// `blockdev-replace`: puts a node in the place of a child of a node, or below an export. Until the requests
+    /// that are in flight have ended other commands run.
     func blockdevReplace(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let request = try ReplacementRequest(arguments, self)
-        let graph = try await graph(of: request)
-        try await graph.thread.visit { () throws(BlockError) in
-            let replacement = try await request.resolve(in: graph)
-            try await graph.drained([replacement.edge.node, replacement.node]) {
-                () throws(BlockError) in
-                try Replacement.carryOut([replacement], in: graph)
+        try await holdingUsers(of: request.concerned) { _ throws(BlockError) in
+            let graph = try await graph(of: request)
+            try await graph.thread.visit { () throws(BlockError) in
+                let replacement = try await request.resolve(in: graph)
+                try await graph.drained([replacement.edge.node, replacement.node]) {
+                    () throws(BlockError) in
+                    try Replacement.carryOut([replacement], in: graph)
+                }
+                try await graph.collect()
             }
-            try await graph.collect()
         }
         return [:]
     }
@@ -91,6 +119,23 @@ extension StorageDaemon {
                     remedy: "use export or driver")
             }
             try reader.finish()
+        }
+
+        /// The nodes of a graph whose users are held back, on its thread.
+        func concerned(in graph: BlockGraph) -> [BlockNode] {
+            var result: [BlockNode] = []
+            switch place {
+            case .export(let record):
+                let export = record.export
+                if export.seat.isCurrent, let edge = export.edge { result.append(edge.node) }
+            case .child(let parentName, let name):
+                if let edge = graph.node(named: parentName)?.child(named: name) {
+                    result.append(edge.node)
+                }
+            }
+            guard let child = graph.node(named: node) else { return result }
+            // From another thread it comes with all that it is joined to.
+            return result.isEmpty ? child.component : result + [child]
         }
 
         /// On the graph's thread; a new child that is elsewhere moves here.
@@ -152,7 +197,7 @@ extension StorageDaemon {
         }
     }
 
-    /// `block_resize`.
+    /// `block_resize`: beside other commands, for it waits for writes that are in flight, and for storage.
     func blockResize(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "block_resize")
         let device = try reader.string("device")
@@ -167,17 +212,22 @@ extension StorageDaemon {
         guard size >= 0 else {
             throw BlockError(.invalidArgument, "a size cannot be negative: \(size)")
         }
-        try await onThread(of: name) { node throws(BlockError) in
-            let graph = node.graph
-            let edge = try graph.attach(
+        let edge = try await onThread(of: name) { node throws(BlockError) in
+            try node.graph.attach(
                 NamedUser("block_resize"), to: node, Access(uses: .resize, shares: .all))
-            do throws(BlockError) {
-                try await edge.resize(to: size)
-            } catch {
-                try? await graph.detach(edge)
-                throw error
+        }
+        // The user keeps the node, and keeps it on its thread.
+        try await aside { () throws(BlockError) in
+            try await edge.node.seat.visit { () throws(BlockError) in
+                let graph = edge.node.graph
+                do throws(BlockError) {
+                    try await edge.resize(to: size)
+                } catch {
+                    try? await graph.detach(edge)
+                    throw error
+                }
+                try await graph.detach(edge)
             }
-            try await graph.detach(edge)
         }
         return [:]
     }

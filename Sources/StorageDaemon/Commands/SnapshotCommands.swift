@@ -7,8 +7,16 @@ import QMP
 extension StorageDaemon {
     /// `blockdev-snapshot-internal-sync`.
     func snapshotInternal(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
-        _ = try await createInternalSnapshot(arguments)
+        let reader = try OptionReader(arguments, of: "blockdev-snapshot-internal-sync")
+        let device = try reader.required("device")
+        try await holdingUsers(of: Self.node(named: device)) { _ throws(BlockError) in
+            _ = try await createInternalSnapshot(arguments)
+        }
         return [:]
+    }
+
+    private static func node(named name: String) -> (BlockGraph) -> [BlockNode] {
+        { graph in graph.node(named: name).map { [$0] } ?? [] }
     }
 
     /// Makes a snapshot, as the command and the transaction's action do.
@@ -42,13 +50,15 @@ extension StorageDaemon {
         guard selector.identifier != nil || selector.name != nil else {
             throw BlockError(.invalidArgument, "give 'id' or 'name'")
         }
-        return try await onThread(of: device) { node throws(BlockError) in
-            guard let snapshot = try node.requireSnapshotStore().snapshot(selector) else {
-                throw BlockError(
-                    .notFound, "there is no snapshot \(selector.text)", node: node.name)
+        return try await holdingUsers(of: Self.node(named: device)) { _ throws(BlockError) in
+            try await onThread(of: device) { node throws(BlockError) in
+                guard let snapshot = try node.requireSnapshotStore().snapshot(selector) else {
+                    throw BlockError(
+                        .notFound, "there is no snapshot \(selector.text)", node: node.name)
+                }
+                try await node.graph.deleteSnapshot(snapshot.identifier, of: node)
+                return snapshot.json
             }
-            try await node.graph.deleteSnapshot(snapshot.identifier, of: node)
-            return snapshot.json
         }
     }
 }

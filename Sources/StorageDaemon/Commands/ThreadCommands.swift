@@ -25,10 +25,10 @@ extension StorageDaemon {
     func setThread(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         let reader = try OptionReader(arguments, of: "x-blockdev-set-iothread")
         let name = try reader.required("node-name")
-        let destination: BlockGraph
+        let identifier: String?
         switch try reader.value("iothread") {
-        case .string(let identifier)?: destination = try requireThread(identifier).graph
-        case .null?: destination = graph
+        case .string(let text)?: identifier = text
+        case .null?: identifier = nil
         default:
             throw BlockError(
                 .invalidArgument,
@@ -46,7 +46,15 @@ extension StorageDaemon {
                     remedy: "use force=true: they move along, where they can", node: name)
             }
         }
-        try await move(name, to: destination)
+        let component: (BlockGraph) -> [BlockNode] = { graph in
+            graph.node(named: name)?.component ?? []
+        }
+        try await holdingUsers(of: component) { _ throws(BlockError) in
+            let destination = try identifier.map { text throws(BlockError) in
+                try requireThread(text).graph
+            }
+            try await move(name, to: destination ?? graph)
+        }
         return [:]
     }
 

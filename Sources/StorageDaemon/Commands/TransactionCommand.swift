@@ -8,16 +8,17 @@ extension StorageDaemon {
     ///
     /// All nodes, on all threads, are drained from before the first action to after the last, so that for
     /// guests they happen at the same moment; the first that fails has those before it undone, last one
-    /// first.
+    /// first. Until the requests that are in flight have ended other commands run.
     func transaction(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
-        let result = try await transactionHoldingNodes(arguments)
+        let actions = try actions(of: arguments)
+        try await holdingUsers(of: \.nodes) { drain throws(BlockError) in
+            try await carryOutHoldingNodes(actions, drain)
+        }
         try await collect()
-        return result
+        return [:]
     }
 
-    private func transactionHoldingNodes(
-        _ arguments: JSONValue
-    ) async throws(BlockError) -> JSONValue {
+    private func actions(of arguments: JSONValue) throws(BlockError) -> [JSONValue] {
         let reader = try OptionReader(arguments, of: "transaction")
         guard let actions = try reader.list("actions") else {
             throw BlockError(.invalidArgument, "transaction: parameter 'actions' is missing")
@@ -32,21 +33,27 @@ extension StorageDaemon {
             }
         }
         try reader.finish()
+        return actions
+    }
+
+    private func carryOutHoldingNodes(
+        _ actions: [JSONValue], _ drain: Drain
+    ) async throws(BlockError) {
         // What nobody uses after an action stays until the transaction is through: it may be undone.
         try await onEachThread { graph in graph.beginTransaction() }
-        let result: Result<JSONValue, BlockError>
+        let result: Result<Void, BlockError>
         do throws(BlockError) {
-            result = .success(try await carryOut(actions))
+            result = .success(try await carryOut(actions, drain))
         } catch {
             result = .failure(error)
         }
         try await onEachThread { graph in graph.endTransaction() }
-        return try result.get()
+        try result.get()
     }
 
-    private func carryOut(_ actions: [JSONValue]) async throws(BlockError) -> JSONValue {
+    private func carryOut(_ actions: [JSONValue], _ drain: Drain) async throws(BlockError) {
         var done: [Undo] = []
-        try await drained { () throws(BlockError) in
+        try await drained(drain) { () throws(BlockError) in
             var failure: BlockError?
             do throws(BlockError) {
                 var rest = actions[...]
@@ -63,7 +70,6 @@ extension StorageDaemon {
             do throws(BlockError) { try await action.finish() } catch { failure = failure ?? error }
         }
         if let failure { throw failure }
-        return [:]
     }
 
     /// Undoes actions, last one first: each finds the graph as its action left it.
@@ -85,11 +91,10 @@ extension StorageDaemon {
             node: error.node)
     }
 
-    /// Runs `body` while no request is in flight anywhere.
+    /// Runs `body` while no request is in flight anywhere, and ends the drain that holds users back.
     private func drained(
-        _ body: () async throws(BlockError) -> Void
+        _ drain: Drain, _ body: () async throws(BlockError) -> Void
     ) async throws(BlockError) {
-        let drain = Drain()
         try await onEachThread { graph in await graph.beginDrain(graph.nodes, as: drain) }
         let result: Result<Void, BlockError>
         do throws(BlockError) {
