@@ -33,6 +33,30 @@ extension Edge {
             node: parentNode?.name)
     }
 
+    /// Has formats write out what they keep in memory of the metadata that they have behind the edge, be it below
+    /// filters: before another node takes the child's place, while users are held back. What is there is complete
+    /// then, whoever reads it afterwards.
+    ///
+    /// - Throws: where that fails: the child had better stay.
+    public func writeOutMetadata() async throws(BlockError) {
+        var seen = Set<ObjectIdentifier>()
+        var rest = [self]
+        while let edge = rest.popLast() {
+            guard let parent = edge.parentNode, parent.isOpen,
+                seen.insert(ObjectIdentifier(parent)).inserted
+            else { continue }
+            if edge.roles.contains(.filtered) {
+                rest += parent.parents
+            } else if edge.roles.contains(.metadata), !parent.isReadOnly {
+                do throws(BlockError) {
+                    try await parent.stickyFlush()
+                } catch {
+                    throw error.on(node: parent.name)
+                }
+            }
+        }
+    }
+
     /// For a driver that has its metadata behind the edge.
     public func refuseOtherBytes() throws(BlockError) {
         throw BlockError(

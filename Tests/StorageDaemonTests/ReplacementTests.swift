@@ -2,6 +2,7 @@ import BlockCore
 import BlockExports
 import BlockGraph
 import BlockIO
+import Foundation
 import QMP
 import Testing
 
@@ -83,6 +84,38 @@ import Testing
             return (try await test.read("top"))
         }
         #expect(data == [0, 5, 6])
+    }
+
+    @Test(arguments: ["blockdev-replace", "transaction"])
+    func anImageIsWrittenOutBeforeItsFileIsReplaced(command: String) async throws {
+        let copied = try await Self.withImage { test throws(BlockError) in
+            let daemon = test.daemon
+            _ = try await daemon.execute(
+                "blockdev-add",
+                ["driver": "preallocate", "node-name": "filter", "file": "disk"])
+            let edge = try daemon.graph.attach(
+                NamedUser("test"), to: try daemon.graph.requireNode(named: "top"),
+                Access(uses: [.consistentRead, .write], shares: .all))
+            let data = try IOVector(allocating: 65536)
+            data.fill(5)
+            try await edge.write(0, from: data)
+            let action: JSONValue = ["type": "blockdev-replace", "data": Self.replace("filter")]
+            let arguments: JSONValue =
+                command == "transaction" ? ["actions": [action]] : Self.replace("filter")
+            _ = try await daemon.execute(command, arguments)
+            let copy = "\(test.folder)/temp"
+            try? FileManager.default.copyItem(atPath: "\(test.folder)/disk", toPath: copy)
+            _ = try await daemon.execute(
+                "blockdev-add",
+                [
+                    "driver": "qcow2", "node-name": "copy", "read-only": true,
+                    "file": ["driver": "file", "filename": .string(copy)],
+                ])
+            let copied = try await test.read("copy")
+            try await daemon.graph.detach(edge)
+            return copied
+        }
+        #expect(copied == [0, 5])
     }
 
     @Test func clientsKeepTheSizeThatTheyWereTold() async throws {

@@ -81,6 +81,7 @@ extension StorageDaemon {
                 let replacement = try await request.resolve(in: graph)
                 try await graph.drained([replacement.edge.node, replacement.node]) {
                     () throws(BlockError) in
+                    try await replacement.edge.writeOutMetadata()
                     try Replacement.carryOut([replacement], in: graph)
                 }
                 try await graph.collect()

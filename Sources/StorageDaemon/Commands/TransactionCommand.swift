@@ -164,6 +164,7 @@ extension StorageDaemon {
         try await graph.thread.visit { () throws(BlockError) in
             var replacements: [Replacement] = []
             for request in requests { replacements.append(try await request.resolve(in: graph)) }
+            for replacement in replacements { try await replacement.edge.writeOutMetadata() }
             let undo = replacements.map { Replacement(edge: $0.edge, node: $0.edge.node) }
             try Replacement.carryOut(replacements, in: graph)
             return Undo(
