@@ -278,7 +278,7 @@ import Testing
             }
             let held = try await server.bytesInFlight
             #expect(
-                held.allSatisfy { $0 <= NBDConnection.bytesInFlightMax + (16 << 20) }, "\(held)")
+                held.allSatisfy { $0 <= NBDConnection.readingBytesMax + (1 << 20) }, "\(held)")
             #expect(held.contains { $0 > 0 })
         }
     }

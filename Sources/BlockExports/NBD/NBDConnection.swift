@@ -15,13 +15,16 @@ import NBDProtocol
 /// 2. What the requests and unsent replies of one client hold is bounded: past the limits nothing more
 ///    is received from it. Other clients do not notice. The limit is lower while all clients together
 ///    hold much (``NBDServer/Options/bytesInFlightMax``).
-/// 3. While there are many unsent replies no further read begins: reads go on as the client takes
-///    replies. Other requests of the client do not wait for it.
+/// 3. While there are many unsent replies, or reads of ``readingBytesMax`` are under way, no further read
+///    begins: reads go on as the client takes replies. Other requests of the client do not wait for it. One
+///    read may always be under way; while all clients together hold much, a long one goes in pieces.
 final class NBDConnection: @unchecked Sendable {
     /// Requests of one client in flight.
     static let requestCountMax = 512
     /// Bytes of payload that one client's requests and unsent replies hold.
     static let bytesInFlightMax = 64 << 20
+    /// Bytes of one client's reads that are under way, and not replied to yet.
+    static let readingBytesMax = 16 << 20
 
     /// How long a client that is being sent away may take to receive the replies it is owed.
     static let closingNanosecondsMax: UInt64 = 1_000_000_000
@@ -50,9 +53,14 @@ final class NBDConnection: @unchecked Sendable {
     /// It has had reads postponed.
     private var takesMuch = false
     private var requestCount = 0
+    /// In memory.
     private(set) var bytesInFlight = 0 {
         didSet { server.noteBytes(bytesInFlight - oldValue) }
     }
+    /// Of reads that have not begun: they count as what the client asks for, and take no memory.
+    private var postponedBytes = 0
+    private var readingBytes = 0
+    private var readSleeper: UnsafeContinuation<Void, Never>?
     /// It has left, as far as it can tell: the server's to say.
     var isGone = false
     private var roomSleeper: UnsafeContinuation<Void, Never>?
@@ -266,7 +274,7 @@ final class NBDConnection: @unchecked Sendable {
             case .execute(let request):
                 let cost = request.payloadCount + replyBytesMax(request)
                 turnBytes += cost
-                if requestCount >= Self.requestCountMax || bytesInFlight > bytesMax {
+                if !hasRoom {
                     await waitForRoom()
                     if isClosing { return }
                 }
@@ -278,7 +286,7 @@ final class NBDConnection: @unchecked Sendable {
             case .refuse(let request, let code, let swallow):
                 try await input.skip(swallow, from: channel)
                 try reply(failure: code, "", to: request)
-                if bytesInFlight > bytesMax { await waitForRoom() }
+                if !hasRoom { await waitForRoom() }
             case .disconnect:
                 return
             case .drop(let reason):
@@ -314,25 +322,36 @@ final class NBDConnection: @unchecked Sendable {
         // Nobody is there to be answered.
         if request.command == .read, output.isBroken { return }
         let execution = NBDRequestExecution(request: request, connection: self, edge: edge)
-        if request.command == .read, isCatchingUp || output.isFull {
+        if request.command == .read, isCatchingUp || !mayRead(cost) {
             postpone(execution, cost)
-        } else if !execution.runNow(payload) {
+        } else {
             requestCount += 1
-            bytesInFlight += cost
-            run(execution, payload, cost)
+            begin(execution, payload, cost)
         }
     }
 
-    private func run(_ execution: NBDRequestExecution, _ payload: IOVector, _ cost: Int) {
+    /// Carries out a request that is counted: at once, or by a task.
+    private func begin(_ execution: NBDRequestExecution, _ payload: IOVector, _ cost: Int) {
+        let inPieces = execution.isDivisible && server.holdsMuch
+        if !inPieces, execution.runNow(payload) { return countOut() }
+        let held = inPieces ? NBDRequestExecution.pieceBytesMax : cost
+        let read = execution.request.command == .read ? held : 0
+        bytesInFlight += held
+        readingBytes += read
         seat.spawn { [self] in
-            await execution.run(payload)
-            ended(cost)
+            await execution.run(payload, inPieces: inPieces)
+            bytesInFlight -= held
+            readingBytes -= read
+            if read > 0, let sleeper = readSleeper {
+                readSleeper = nil
+                sleeper.resume()
+            }
+            countOut()
         }
     }
 
-    private func ended(_ cost: Int) {
+    private func countOut() {
         requestCount -= 1
-        bytesInFlight -= cost
         wakeForRoom()
         if requestCount == 0, let sleeper = doneSleeper {
             doneSleeper = nil
@@ -340,11 +359,30 @@ final class NBDConnection: @unchecked Sendable {
         }
     }
 
+    /// Whether a read may begin now: the first always, where its reply can leave.
+    private func mayRead(_ cost: Int) -> Bool {
+        if output.isFull { return false }
+        return readingBytes == 0
+            || readingBytes + cost <= min(Self.readingBytesMax, server.clientBytesMax)
+    }
+
+    /// Returns when a read may begin, or nobody is there to be answered. What it waits for is the client's own:
+    /// others may hold as much as they like.
+    private func untilMayRead(_ cost: Int) async {
+        while !output.isBroken, !mayRead(cost) {
+            if output.isFull {
+                await output.untilRoom()
+            } else {
+                await withUnsafeContinuation { readSleeper = $0 }
+            }
+        }
+    }
+
     /// Has a read wait for the client: data that is read long before it can leave takes memory, and is
     /// no longer in the processor's cache when it does.
     private func postpone(_ execution: NBDRequestExecution, _ cost: Int) {
         requestCount += 1
-        bytesInFlight += cost
+        postponedBytes += cost
         postponed.append(Postponed(execution: execution, cost: cost))
         guard !isCatchingUp else { return }
         isCatchingUp = true
@@ -366,13 +404,14 @@ final class NBDConnection: @unchecked Sendable {
                     turnBytes = 0
                     await Task.yield()
                 }
-                await output.untilRoom()
+                await untilMayRead(next.cost)
                 turnBytes += next.cost
-                // Nobody is there to be answered, or it is answered at once.
-                if output.isBroken || next.execution.runNow(IOVector()) {
-                    ended(next.cost)
+                postponedBytes -= next.cost
+                // Nobody is there to be answered, or it begins.
+                if output.isBroken {
+                    countOut()
                 } else {
-                    run(next.execution, IOVector(), next.cost)
+                    begin(next.execution, IOVector(), next.cost)
                 }
             }
         }
@@ -381,21 +420,32 @@ final class NBDConnection: @unchecked Sendable {
 
     private var bytesMax: Int { min(Self.bytesInFlightMax, server.clientBytesMax) }
 
+    /// Whether another request is received.
+    private var hasRoom: Bool {
+        requestCount < Self.requestCountMax && bytesInFlight + postponedBytes <= bytesMax
+    }
+
     private func waitForRoom() async {
-        while !isClosing, requestCount >= Self.requestCountMax || bytesInFlight > bytesMax {
+        while !isClosing, !hasRoom {
             await withUnsafeContinuation { roomSleeper = $0 }
         }
     }
 
     private func wakeForRoom() {
-        guard let sleeper = roomSleeper, requestCount < Self.requestCountMax,
-            bytesInFlight <= bytesMax
-        else { return }
+        guard let sleeper = roomSleeper, hasRoom else { return }
         roomSleeper = nil
         sleeper.resume()
     }
 
     // MARK: Replies
+
+    /// Waits until a part of a long reply can leave.
+    ///
+    /// - Throws: `disconnected` when nobody is there to take it.
+    func untilReplyLeaves() async throws(BlockError) {
+        await output.untilRoom()
+        if output.isBroken { throw BlockError(.disconnected, "the client is gone") }
+    }
 
     var mode: NBDReplyMode { session?.mode ?? .simple }
 

@@ -32,7 +32,7 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
     private static let unsentBytesMax = 256 << 10
     /// Bytes that are queued and have not left.
     private var unsentBytes = 0
-    private var roomSleeper: UnsafeContinuation<Void, Never>?
+    private var roomSleepers: [UnsafeContinuation<Void, Never>] = []
 
     init(_ channel: any NBDChannel, seat: IOSeat) {
         self.channel = channel
@@ -67,19 +67,20 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
     /// Whether as much is queued as is any good.
     var isFull: Bool { unsentBytes >= Self.unsentBytesMax }
 
-    /// Waits until it is not full any more, which it also is when the client is gone. For one at a time.
+    /// Waits until it is not full any more, which it also is when the client is gone.
     func untilRoom() async {
         while isFull {
-            await withUnsafeContinuation { roomSleeper = $0 }
+            await withUnsafeContinuation { roomSleepers.append($0) }
         }
     }
 
     private func left(_ count: Int) {
         unsentBytes -= count
         sent(count)
-        guard !isFull, let sleeper = roomSleeper else { return }
-        roomSleeper = nil
-        sleeper.resume()
+        guard !isFull, !roomSleepers.isEmpty else { return }
+        let woken = roomSleepers
+        roomSleepers = []
+        for continuation in woken { continuation.resume() }
     }
 
     func takeQueuedBytes() -> Int {

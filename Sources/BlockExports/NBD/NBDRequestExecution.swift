@@ -9,11 +9,26 @@ struct NBDRequestExecution {
     let connection: NBDConnection
     let edge: Edge
 
+    /// What is read at a time of a read in pieces.
+    static let pieceBytesMax = 1 << 20
+
+    /// Whether it is a long read whose reply may come in pieces.
+    var isDivisible: Bool {
+        request.command == .read && request.range.count > Self.pieceBytesMax && isFragmentable
+    }
+
+    /// The protocol allows a read's reply to be several.
+    private var isFragmentable: Bool {
+        connection.mode >= .structured && !request.flags.contains(.dontFragment)
+    }
+
     /// Executes the request and queues its reply; a reply that cannot be queued ends the connection.
-    func run(_ payload: IOVector) async {
+    ///
+    /// - Parameter inPieces: for what ``isDivisible``: a piece is read when the one before can leave.
+    func run(_ payload: IOVector, inPieces: Bool = false) async {
         do throws(BlockError) {
             do throws(BlockError) {
-                try await execute(payload)
+                if inPieces { try await readInPieces() } else { try await execute(payload) }
             } catch {
                 try connection.reply(
                     failure: NBDErrorCode(error, replyingTo: request), error.description,
@@ -26,14 +41,12 @@ struct NBDRequestExecution {
 
     /// Executes the request and queues its reply, where that can be done without waiting.
     ///
-    /// Called once for each request, first of all.
+    /// Called once for each request that is not read in pieces, first of all.
     ///
     /// - Returns: `false` where it cannot: ``run(_:)`` does it then, or tells what is wrong.
     @inline(__always)
     func runNow(_ payload: IOVector) -> Bool {
-        TracePoint.nbdRequest(
-            "node \(edge.node.name) command \(request.command) offset \(request.range.offset) "
-                + "bytes \(request.range.count) flags \(request.flags.rawValue)")
+        trace()
         switch request.command {
         case .read where !request.range.isEmpty:
             guard let data = try? IOVector(allocating: request.range.count),
@@ -47,6 +60,13 @@ struct NBDRequestExecution {
             return false
         }
         return true
+    }
+
+    @inline(__always)
+    private func trace() {
+        TracePoint.nbdRequest(
+            "node \(edge.node.name) command \(request.command) offset \(request.range.offset) "
+                + "bytes \(request.range.count) flags \(request.flags.rawValue)")
     }
 
     /// Queues a reply; one that cannot be queued ends the connection.
@@ -109,9 +129,22 @@ struct NBDRequestExecution {
         try deliver(data)
     }
 
+    private func readInPieces() async throws(BlockError) {
+        trace()
+        var done = 0
+        while done < request.range.count {
+            try await connection.untilReplyLeaves()
+            let count = min(request.range.count - done, Self.pieceBytesMax)
+            let data = try IOVector(allocating: count)
+            try await edge.read(request.range.offset + done, into: data)
+            try replySparsely(data, at: done)
+            done += count
+        }
+    }
+
     private func deliver(_ data: IOVector) throws(BlockError) {
-        if connection.mode >= .structured, !request.flags.contains(.dontFragment) {
-            try replySparsely(data)
+        if isFragmentable {
+            try replySparsely(data, at: 0)
             return
         }
         try connection.reply(capacity: NBDReply.headerCountMax, data: data) { memory in
@@ -124,9 +157,11 @@ struct NBDRequestExecution {
 
     /// Replies with the data, and where it is zeroes with a hole in its place. To look is cheaper than
     /// to send, and finds zeroes that block status knows nothing of.
-    private func replySparsely(_ data: IOVector) throws(BlockError) {
+    ///
+    /// - Parameter place: of the data, in the request.
+    private func replySparsely(_ data: IOVector, at place: Int) throws(BlockError) {
         if data.count <= Self.holeBytesMin {
-            try replyPart(data, 0, data.count, data.isZero)
+            try replyPart(data, at: place, 0, data.count, data.isZero)
             return
         }
         var start = 0
@@ -136,20 +171,20 @@ struct NBDRequestExecution {
             let count = min(Self.holeBytesMin, data.count - offset)
             let isZero = data.slice(offset, count).isZero
             if offset > start, isZero != isHole {
-                try replyPart(data, start, offset, isHole)
+                try replyPart(data, at: place, start, offset, isHole)
                 start = offset
             }
             isHole = isZero
             offset += count
         }
-        try replyPart(data, start, offset, isHole)
+        try replyPart(data, at: place, start, offset, isHole)
     }
 
     private func replyPart(
-        _ data: IOVector, _ start: Int, _ end: Int, _ isHole: Bool
+        _ data: IOVector, at place: Int, _ start: Int, _ end: Int, _ isHole: Bool
     ) throws(BlockError) {
-        let range = ByteRange(request.range.offset + start, end - start)
-        let flags: NBDChunkFlags = end == data.count ? .done : []
+        let range = ByteRange(request.range.offset + place + start, end - start)
+        let flags: NBDChunkFlags = place + end == request.range.count ? .done : []
         let mode = connection.mode
         try connection.reply(
             capacity: NBDReply.headerCountMax,

@@ -14,7 +14,7 @@ public final class NBDServer: @unchecked Sendable {
         /// Clients at a time; 0 for no limit. Others wait until one leaves: they are not accepted.
         public var connectionCountMax = 100
         /// What the requests and unsent replies of all clients may hold, in bytes. Past that each may hold
-        /// a ``clientShare``th of it, and a request.
+        /// a ``clientShare``th of it, and a request; of a long read whose reply may be divided, a piece.
         public var bytesInFlightMax = 256 << 20
         static let clientShare = 64
         /// Clients have to use TLS, and this is what they are shown; `nil` for no TLS.
@@ -153,8 +153,12 @@ public final class NBDServer: @unchecked Sendable {
 
     /// What one client may hold before it has to wait for itself.
     var clientBytesMax: Int {
-        bytesInFlight.load(ordering: .relaxed) < options.bytesInFlightMax
-            ? .max : options.bytesInFlightMax / Options.clientShare
+        holdsMuch ? options.bytesInFlightMax / Options.clientShare : .max
+    }
+
+    /// Whether all clients together hold as much as they may.
+    var holdsMuch: Bool {
+        bytesInFlight.load(ordering: .relaxed) >= options.bytesInFlightMax
     }
 
     /// Serves one client.
