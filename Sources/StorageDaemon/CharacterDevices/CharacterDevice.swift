@@ -24,6 +24,13 @@ protocol CharacterDevice: AnyObject, Sendable {
 extension CharacterDevice {
     func waitForClient() async throws(BlockError) {}
     func stopWaiting() {}
+
+    /// - Throws: `busy` where a monitor uses it.
+    func checkUnused() throws(BlockError) {
+        guard !isUsed else {
+            throw BlockError(.busy, "another monitor uses the character device")
+        }
+    }
 }
 
 /// The kinds of devices there are.

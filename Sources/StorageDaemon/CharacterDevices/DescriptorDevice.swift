@@ -18,15 +18,11 @@ final class DescriptorDevice: CharacterDevice, MonitorChannel, @unchecked Sendab
     let typeName: String
     let filename: String
     private(set) var isUsed = false
-    private let thread: IOThread
-    /// `nil`: no command ever comes.
-    private let input: Int32?
+    private let input: DescriptorInput
     private let output: Int32
     /// Kept open, so that the other end's coming and going changes nothing.
     private let other: Int32?
-    private var isShutDown = false
     private var isClosed = false
-    private let ending = WakeUp()
 
     init(
         _ kind: String, _ filename: String, input: Int32?, output: Int32, other: Int32? = nil,
@@ -34,10 +30,9 @@ final class DescriptorDevice: CharacterDevice, MonitorChannel, @unchecked Sendab
     ) {
         typeName = "chardev-\(kind)"
         self.filename = filename
-        self.input = input
+        self.input = DescriptorInput(input, "from '\(filename)'", on: thread)
         self.output = output
         self.other = other
-        self.thread = thread
         for descriptor in [input ?? output, output] {
             let flags = fcntl(descriptor, F_GETFL)
             if flags >= 0 { _ = fcntl(descriptor, F_SETFL, flags | O_NONBLOCK) }
@@ -45,51 +40,26 @@ final class DescriptorDevice: CharacterDevice, MonitorChannel, @unchecked Sendab
     }
 
     func attach(to monitors: MonitorServer, isPretty: Bool) throws(BlockError) {
-        guard !isUsed else {
-            throw BlockError(.busy, "another monitor uses the character device")
-        }
+        try checkUnused()
         isUsed = true
         monitors.serve(self, isPretty: isPretty)
     }
 
     /// Called by the daemon, and by the monitor once its replies are out: the second one closes.
     func close() {
-        guard !isUsed || isShutDown else { return shutdown() }
+        guard !isUsed || input.isShutDown else { return shutdown() }
         shutdown()
         guard !isClosed else { return }
         isClosed = true
-        for descriptor in Set([input, output, other].compactMap { $0 }) {
-            #if canImport(Darwin)
-            _ = Darwin.close(descriptor)
-            #elseif canImport(Musl)
-            _ = Musl.close(descriptor)
-            #else
-            _ = Glibc.close(descriptor)
-            #endif
+        for descriptor in Set([input.descriptor, output, other].compactMap { $0 }) {
+            PassedDescriptors.close(descriptor)
         }
     }
 
     // MARK: Channel
 
     func receive(_ vector: IOVector) async throws(BlockError) -> Int {
-        guard let input else {
-            while !isShutDown { await ending.wait() }
-            return 0
-        }
-        var bytes = [UInt8](repeating: 0, count: vector.count)
-        while !isShutDown {
-            let ready = await thread.perform(.awaitReadable(IOHandle(input)))
-            if isShutDown || ready == -Int(ECANCELED) { return 0 }
-            let count = read(input, &bytes, bytes.count)
-            // Of datagrams: what was sent before found nobody.
-            if count < 0, [EINTR, EAGAIN, ECONNREFUSED].contains(errno) { continue }
-            guard count >= 0 else { throw .system("cannot read from '\(filename)'", errno) }
-            bytes.withUnsafeBytes {
-                vector.slice(0, count).copy(from: UnsafeRawBufferPointer(rebasing: $0[..<count]))
-            }
-            return count
-        }
-        return 0
+        try await input.receive(vector)
     }
 
     func send(_ vector: IOVector) async throws(BlockError) {
@@ -104,12 +74,7 @@ final class DescriptorDevice: CharacterDevice, MonitorChannel, @unchecked Sendab
         }
     }
 
-    func shutdown() {
-        guard !isShutDown else { return }
-        isShutDown = true
-        if let input { thread.engine.cancelAll(on: IOHandle(input)) }
-        ending.wake()
-    }
+    func shutdown() { input.shutdown() }
 }
 
 // MARK: Kinds

@@ -111,9 +111,7 @@ final class SocketDevice: CharacterDevice, @unchecked Sendable {
     }
 
     func attach(to monitors: MonitorServer, isPretty: Bool) throws(BlockError) {
-        guard !isUsed else {
-            throw BlockError(.busy, "another monitor uses the character device")
-        }
+        try checkUnused()
         isUsed = true
         for socket in sockets { monitors.serve(socket, isPretty: isPretty) }
         sockets = []

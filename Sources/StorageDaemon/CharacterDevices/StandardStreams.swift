@@ -19,8 +19,8 @@ final class StandardStreams: CharacterDevice, MonitorChannel, @unchecked Sendabl
     let filename = "stdio"
     private(set) var isUsed = false
     private let thread: IOThread
+    private let input: DescriptorInput
     private var terminal: termios?
-    private var isShutDown = false
 
     /// Option `signal`: whether Ctrl-C at a terminal interrupts the process.
     init(_ options: OptionReader, on thread: IOThread) throws(BlockError) {
@@ -30,6 +30,7 @@ final class StandardStreams: CharacterDevice, MonitorChannel, @unchecked Sendabl
             throw BlockError(.busy, "another character device has the standard streams already")
         }
         self.thread = thread
+        input = DescriptorInput(STDIN_FILENO, "standard input", on: thread)
         if !signals { turnSignalsOff() }
     }
 
@@ -42,9 +43,7 @@ final class StandardStreams: CharacterDevice, MonitorChannel, @unchecked Sendabl
     }
 
     func attach(to monitors: MonitorServer, isPretty: Bool) throws(BlockError) {
-        guard !isUsed else {
-            throw BlockError(.busy, "another monitor uses the character device")
-        }
+        try checkUnused()
         isUsed = true
         monitors.serve(self, isPretty: isPretty)
     }
@@ -60,20 +59,7 @@ final class StandardStreams: CharacterDevice, MonitorChannel, @unchecked Sendabl
     // MARK: Channel
 
     func receive(_ vector: IOVector) async throws(BlockError) -> Int {
-        var bytes = [UInt8](repeating: 0, count: vector.count)
-        while !isShutDown {
-            let ready = await thread.perform(.awaitReadable(IOHandle(STDIN_FILENO)))
-            if isShutDown || ready == -Int(ECANCELED) { return 0 }
-            // It does not wait: there is something to read, or the end.
-            let count = read(STDIN_FILENO, &bytes, bytes.count)
-            if count < 0, errno == EINTR || errno == EAGAIN { continue }
-            guard count >= 0 else { throw .system("cannot read standard input", errno) }
-            bytes.withUnsafeBytes {
-                vector.slice(0, count).copy(from: UnsafeRawBufferPointer(rebasing: $0[..<count]))
-            }
-            return count
-        }
-        return 0
+        try await input.receive(vector)
     }
 
     func send(_ vector: IOVector) async throws(BlockError) {
@@ -92,9 +78,5 @@ final class StandardStreams: CharacterDevice, MonitorChannel, @unchecked Sendabl
         if failure != 0 { throw .system("cannot write to standard output", failure) }
     }
 
-    func shutdown() {
-        guard !isShutDown else { return }
-        isShutDown = true
-        thread.engine.cancelAll(on: IOHandle(STDIN_FILENO))
-    }
+    func shutdown() { input.shutdown() }
 }

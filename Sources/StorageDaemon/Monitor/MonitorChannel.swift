@@ -3,7 +3,14 @@ import BlockIO
 
 #if os(Linux)
 import CLinux
+#endif
+
+#if canImport(Glibc)
 import Glibc
+#elseif canImport(Musl)
+import Musl
+#elseif canImport(Darwin)
+import Darwin
 #endif
 
 /// The bytes of one monitor's client. Confined to the daemon's thread.
@@ -74,8 +81,12 @@ final class PassedDescriptors: @unchecked Sendable {
     }
 
     static func close(_ descriptor: Int32) {
-        #if os(Linux)
+        #if canImport(Glibc)
         _ = Glibc.close(descriptor)
+        #elseif canImport(Musl)
+        _ = Musl.close(descriptor)
+        #elseif canImport(Darwin)
+        _ = Darwin.close(descriptor)
         #endif
     }
 }
