@@ -95,9 +95,6 @@ public protocol IOSystem: Sendable {
     /// The page cache need not keep a range: it was read, or written, and is not wanted again.
     func dropCache(of handle: IOHandle, _ range: ByteRange, written: Bool)
     func remove(_ path: String) throws(BlockError)
-    /// Makes the entries of a directory durable: after creating or renaming a file in it.
-    func synchronizeDirectory(_ path: String) throws(BlockError)
-    func rename(_ path: String, to newPath: String) throws(BlockError)
 
     /// Takes or drops an open-file-description lock on a byte range without waiting.
     ///

@@ -108,9 +108,6 @@ public struct NBDClientHandshake: Sendable {
         input += bytes
     }
 
-    /// What was received after the handshake: the start of the transmission.
-    public var remainder: [UInt8] { Array(input) }
-
     /// TLS is there: everything is said inside it from here on.
     public mutating func tlsEstablished() {
         precondition(step == .waitingForTLS)

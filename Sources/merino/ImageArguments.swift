@@ -41,13 +41,6 @@ enum ArgumentText {
     }
 }
 
-extension BlockError {
-    /// An option of the compatible command line that is not there yet.
-    static func notThere(_ what: String) -> BlockError {
-        BlockError(.unsupported, "\(what) is not supported")
-    }
-}
-
 extension ImageSource {
     /// Warns where the image's format is found out to be raw.
     mutating func warnOfProbing() {

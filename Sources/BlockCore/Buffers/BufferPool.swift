@@ -71,17 +71,6 @@ final class BufferPool: Sendable {
         shelf.withLock { $0.bytesMax = bytes }
     }
 
-    /// Gives everything kept back to the system.
-    func drain() {
-        let dropped = shelf.withLock { shelf in
-            let all = shelf
-            shelf = Shelf()
-            shelf.bytesMax = all.bytesMax
-            return all
-        }
-        for memory in dropped.free.joined() { free(memory) }
-    }
-
     private static func index(of capacity: Int) -> Int? {
         guard capacity <= 1 << largestShift else { return nil }
         return capacity.trailingZeroBitCount - smallestShift

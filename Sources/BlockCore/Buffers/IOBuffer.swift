@@ -36,11 +36,6 @@ public final class IOBuffer: @unchecked Sendable {
     public static func keepForReuse(atMost bytes: Int) {
         BufferPool.shared.keep(atMost: bytes)
     }
-
-    /// Returns memory that is kept for reuse to the system.
-    public static func drainPool() {
-        BufferPool.shared.drain()
-    }
 }
 
 /// A part of an ``IOBuffer``.

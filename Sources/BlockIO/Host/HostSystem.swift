@@ -137,21 +137,6 @@ struct HostSystem: IOSystem {
         guard unlink(path) == 0 else { throw .system("cannot remove '\(path)'", errno) }
     }
 
-    func rename(_ path: String, to newPath: String) throws(BlockError) {
-        guard hostRename(path, newPath) == 0 else {
-            throw .system("cannot rename '\(path)' to '\(newPath)'", errno)
-        }
-    }
-
-    func synchronizeDirectory(_ path: String) throws(BlockError) {
-        let descriptor = hostOpen(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-        guard descriptor >= 0 else { throw .system("cannot open directory '\(path)'", errno) }
-        defer { _ = hostClose(descriptor) }
-        guard fsync(descriptor) == 0 else {
-            throw .system("cannot sync directory '\(path)'", errno)
-        }
-    }
-
     func lock(_ handle: IOHandle, _ range: ByteRange, _ kind: LockKind) throws(BlockError) -> Bool {
         #if os(Linux)
         var request = flock()
@@ -209,4 +194,3 @@ private let hostSeekHole: Int32 = SEEK_HOLE
 // The same names as methods of the system: these reach the C functions.
 func hostOpen(_ path: String, _ flags: Int32) -> Int32 { open(path, flags, 0o644) }
 func hostClose(_ descriptor: Int32) -> Int32 { close(descriptor) }
-private func hostRename(_ from: String, _ to: String) -> Int32 { rename(from, to) }

@@ -12,14 +12,13 @@ import Darwin
 /// The files of a simulated machine, by path. They outlive crashes; what was not synchronised may not.
 ///
 /// Names, like file systems with a journal keep them: changes of names reach the medium in order, at
-/// the latest when a directory, or a file made since, is synchronised.
+/// the latest when a file made since is synchronised.
 ///
 /// Thread rule: while a machine runs, confined to its ``IOThread``; otherwise to whoever holds it.
 public final class SimulatedDisk: @unchecked Sendable {
     private enum NameChange {
         case link(String, SimulatedFile)
         case unlink(String)
-        case rename(String, String)
     }
 
     private var names: [String: SimulatedFile] = [:]
@@ -132,19 +131,13 @@ public final class SimulatedDisk: @unchecked Sendable {
         return true
     }
 
-    func rename(_ path: String, to newPath: String) -> Bool {
-        guard names[path] != nil else { return false }
-        note(.rename(path, newPath))
-        return true
-    }
-
     private func note(_ change: NameChange) {
         Self.apply(change, to: &names)
         nameLog.append(change)
     }
 
     /// All changes of names so far are on stable storage.
-    func commitNames() {
+    private func commitNames() {
         for change in nameLog { Self.apply(change, to: &durableNames) }
         nameLog = []
     }
@@ -162,9 +155,6 @@ public final class SimulatedDisk: @unchecked Sendable {
         switch change {
         case .link(let path, let file): names[path] = file
         case .unlink(let path): names[path] = nil
-        case .rename(let path, let newPath):
-            names[newPath] = names[path]
-            names[path] = nil
         }
     }
 

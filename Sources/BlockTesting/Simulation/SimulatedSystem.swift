@@ -104,17 +104,6 @@ final class SimulatedSystem: IOSystem, @unchecked Sendable {
         guard disk.remove(path) else { throw .system("cannot remove '\(path)'", ENOENT) }
     }
 
-    func rename(_ path: String, to newPath: String) throws(BlockError) {
-        guard !files.isDown, disk.rename(path, to: newPath) else {
-            throw .system("cannot rename '\(path)' to '\(newPath)'", ENOENT)
-        }
-    }
-
-    func synchronizeDirectory(_ path: String) throws(BlockError) {
-        try check(.synchronize, path, "cannot sync directory '\(path)'")
-        disk.commitNames()
-    }
-
     // MARK: Locks
 
     func lock(_ handle: IOHandle, _ range: ByteRange, _ kind: LockKind) throws(BlockError) -> Bool {

@@ -14,15 +14,3 @@ public struct ExtentFlags: OptionSet, Hashable, Sendable {
     /// The run reaches the end of the node.
     public static let endOfNode = ExtentFlags(rawValue: 16)
 }
-
-/// A run of bytes that share their flags, as block status reports it to clients.
-public struct Extent: Hashable, Sendable {
-    public var range: ByteRange
-    public var flags: ExtentFlags
-
-    @inlinable
-    public init(_ range: ByteRange, _ flags: ExtentFlags) {
-        self.range = range
-        self.flags = flags
-    }
-}
