@@ -34,7 +34,7 @@ struct AmendCommand: ParsableCommand {
             amend.options = options
             amend.isForced = force
             if amend.wantsHelp {
-                StandardOutput.print(try ImageAmend.help(format: image.format ?? "qcow2"))
+                StandardOutput.print(try ImageAmend.help(format: image.form.format ?? "qcow2"))
                 return
             }
             guard file != nil else {

@@ -15,23 +15,16 @@ struct CompactCommand: ParsableCommand {
 
     @Argument(help: "The image: a file, or with --image-opts options that name one.")
     var file: String
-    @Option(
-        name: [.customShort("f", allowingJoined: true), .long],
-        help: "The image's format; found out when not given.")
-    var format: String?
+    @OptionGroup var form: ImageFormArguments
     @Flag(name: [.customShort("c"), .customLong("compress")], help: "Store the data compressed.")
     var compress = false
-    @Flag(
-        name: .customLong("image-opts"),
-        help: "The image is given as options: driver=qcow2,file.filename=….")
-    var imageOptions = false
     @Option(help: "An object that the image needs, as in secret,id=….") var object: [String] = []
     @OptionGroup var shown: ProgressArguments
 
     func run() throws {
         CommandSignals.prepare()
         try Failure.rethrow { () throws(BlockError) in
-            var source = ImageSource(file, format: format, isOptions: imageOptions)
+            var source = form.source(file)
             source.objects = object
             var compact = ImageCompact(source)
             compact.compresses = compress

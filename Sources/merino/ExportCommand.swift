@@ -22,29 +22,11 @@ struct ExportCommand: ParsableCommand {
         name: .long,
         help: "Export this snapshot inside the image: an identifier or a name, or snapshot.id=….")
     var snapshot: String?
-    @Option(
-        name: [.customShort("f", allowingJoined: true), .long],
-        help: "The image's format; found out when not given.")
-    var format: String?
-    @Flag(name: .customLong("image-opts"), help: "The image is given as options.")
-    var imageOptions = false
+    @OptionGroup var form: ImageFormArguments
     @Flag(help: "Clients may write.") var writable = false
     @Flag(help: "Follow nothing that the image names; its format must be given.")
     var untrusted = false
-    @Option(
-        name: [.customShort("k", allowingJoined: true), .long],
-        help: "Listen on this Unix socket.")
-    var socket: String?
-    @Option(
-        name: [.customShort("p", allowingJoined: true), .long], help: "Listen on this TCP port.")
-    var port: UInt16?
-    @Option(
-        name: [.customShort("b", allowingJoined: true), .long], help: "Listen on this address.")
-    var bind: String?
-    @Option(
-        name: [.customShort("x", allowingJoined: true), .customLong("export-name")],
-        help: "The export's name.")
-    var exportName = ""
+    @OptionGroup var place: ExportPlace
 
     func validate() throws {
         if snapshot != nil, writable {
@@ -58,15 +40,15 @@ struct ExportCommand: ParsableCommand {
             if let value { arguments += [name, value] }
         }
         add("--load-snapshot", snapshot)
-        add("--format", format)
-        add("--port", port.map { String($0) })
-        add("--bind", bind)
-        add("--export-name", exportName)
-        if imageOptions { arguments.append("--image-opts") }
+        add("--format", form.format)
+        add("--port", place.port.map { String($0) })
+        add("--bind", place.bind)
+        add("--export-name", place.exportName)
+        if form.imageOptions { arguments.append("--image-opts") }
         if untrusted { arguments.append("--untrusted") }
         if !writable { arguments.append("--read-only") }
-        let isSomewhere = socket != nil || port != nil || bind != nil
-        add("--socket", socket ?? (isSomewhere ? nil : "/tmp/merino-export-\(getpid()).sock"))
+        let ownSocket = "/tmp/merino-export-\(getpid()).sock"
+        add("--socket", place.hasSocketOrAddress ? place.socket : ownSocket)
         let serve = try ServeCommand.parse(arguments + ["--", file])
         try serve.run()
     }

@@ -2,8 +2,8 @@ import ArgumentParser
 import BlockCore
 import ImageTools
 
-/// How the commands that look at images name them.
-struct ImageArguments: ParsableArguments {
+/// What an image's name stands for.
+struct ImageFormArguments: ParsableArguments {
     @Option(
         name: [.customShort("f", allowingJoined: true), .long],
         help: "The image's format; found out when not given.")
@@ -12,6 +12,15 @@ struct ImageArguments: ParsableArguments {
         name: .customLong("image-opts"),
         help: "The image is given as options: driver=qcow2,file.filename=….")
     var imageOptions = false
+
+    func source(_ name: String) -> ImageSource {
+        ImageSource(name, format: format, isOptions: imageOptions)
+    }
+}
+
+/// How the commands that look at images name them.
+struct ImageArguments: ParsableArguments {
+    @OptionGroup var form: ImageFormArguments
     @Flag(
         name: [.customShort("U"), .customLong("force-share")],
         help: "Look at it even while another program writes it.")
@@ -21,7 +30,7 @@ struct ImageArguments: ParsableArguments {
     @Option(help: "An object that the image needs, as in secret,id=….") var object: [String] = []
 
     func source(_ name: String) throws(BlockError) -> ImageSource {
-        var source = ImageSource(name, format: format, isOptions: imageOptions)
+        var source = form.source(name)
         source.sharesAll = forceShare
         source.objects = object
         source.isUntrusted = untrusted

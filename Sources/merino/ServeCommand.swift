@@ -27,20 +27,7 @@ struct ServeCommand: ParsableCommand {
     @OptionGroup var mode: ServeMode
     @OptionGroup var opening: ServeOpening
     @OptionGroup var refused: RefusedServeOptions
-    @Option(
-        name: [.customShort("k", allowingJoined: true), .long],
-        help: "Listen on this Unix socket.")
-    var socket: String?
-    @Option(
-        name: [.customShort("p", allowingJoined: true), .long], help: "Listen on this TCP port.")
-    var port: UInt16?
-    @Option(
-        name: [.customShort("b", allowingJoined: true), .long], help: "Listen on this address.")
-    var bind: String?
-    @Option(
-        name: [.customShort("x", allowingJoined: true), .customLong("export-name")],
-        help: "The export's name.")
-    var exportName = ""
+    @OptionGroup var place: ExportPlace
     @Option(
         name: [.customShort("D", allowingJoined: true), .long],
         help: "What the export is, for people.")
@@ -84,7 +71,7 @@ struct ServeCommand: ParsableCommand {
         guard shared >= 0, handshakeLimit >= 0 else {
             throw ValidationError("--shared and --handshake-limit cannot be negative")
         }
-        if socket != nil, port != nil || bind != nil {
+        if place.socket != nil, place.hasAddress {
             throw ValidationError("--socket and --port or --bind exclude each other")
         }
         if tlsAuthorization != nil, tlsCredentials == nil {
@@ -97,14 +84,14 @@ struct ServeCommand: ParsableCommand {
         if mode.tlsHostname != nil, !mode.list || tlsCredentials == nil {
             throw ValidationError("--tls-hostname is for --list with --tls-creds")
         }
-        if mode.connect != nil, socket != nil || port != nil || bind != nil {
+        if mode.connect != nil, place.hasSocketOrAddress {
             throw ValidationError("--connect and --socket, --port or --bind exclude each other")
         }
     }
 
     private var isAboutAnExport: Bool {
-        exportName != "" || description != "" || allocationDepth || !bitmap.isEmpty
-            || opening.format != nil || opening.offset != nil || tlsAuthorization != nil
+        place.exportName != "" || description != "" || allocationDepth || !bitmap.isEmpty
+            || opening.form.format != nil || opening.offset != nil || tlsAuthorization != nil
     }
 
     func run() throws {
@@ -160,7 +147,7 @@ struct ServeCommand: ParsableCommand {
             let credentials = try command.tlsCredentials.map { name throws(BlockError) in
                 try objects.tlsCredentials(name, for: .client)
             }
-            let hostname = command.mode.tlsHostname ?? command.connectedHost
+            let hostname = command.mode.tlsHostname ?? command.place.connectedHost
             guard hostname != nil || credentials?.checksName != true else {
                 throw BlockError(
                     .invalidArgument,
@@ -168,7 +155,7 @@ struct ServeCommand: ParsableCommand {
                     remedy: "give the name in the certificate with --tls-hostname")
             }
             return try await NBDRemoteServer.exports(
-                at: try command.address(connecting: true), credentials, hostname: hostname,
+                at: try command.place.address(connecting: true), credentials, hostname: hostname,
                 on: session.thread)
         }
         StandardOutput.print(ServeMode.describe(exports))
@@ -195,7 +182,7 @@ struct ServeCommand: ParsableCommand {
     private func serve() throws(BlockError) {
         let source = try opening.source(file ?? "", secrets: try secrets())
         let inherited = try ServiceManager.takeDescriptors().map(\.descriptor)
-        guard inherited.isEmpty || (socket == nil && port == nil && bind == nil) else {
+        guard inherited.isEmpty || !place.hasSocketOrAddress else {
             throw BlockError(
                 .invalidArgument, "-k, -p and -b are of no use with inherited sockets",
                 remedy: "leave them out, or unset LISTEN_FDS")
@@ -213,7 +200,7 @@ struct ServeCommand: ParsableCommand {
             for name in bitmap { bitmaps.append(try .init(named: name, below: node)) }
             for found in bitmaps { await found.bitmap.load() }
             let export = try NBDExport(
-                name: exportName, description: description, node: node,
+                name: place.exportName, description: description, node: node,
                 writable: opening.isWritable, allocationDepth: allocationDepth, bitmaps: bitmaps)
             export.edge?.isWriteThrough = source.cache.isWriteThrough
             node.release("command")
@@ -233,7 +220,7 @@ struct ServeCommand: ParsableCommand {
                 on: try Listener(adopting: IOHandle(descriptor), thread: server.thread))
         }
         if inherited.isEmpty {
-            server.listen(on: try Listener(on: try address(), thread: server.thread))
+            server.listen(on: try Listener(on: try place.address(), thread: server.thread))
         }
     }
 
@@ -243,7 +230,7 @@ struct ServeCommand: ParsableCommand {
         if !persistent || mode.connect != nil { server.lastClientLeft = { ending.raise() } }
         let device = try await connectDevice(to: server)
         try pidFile?.write()
-        if printURI { StandardOutput.print(try uri() + "\n") }
+        if printURI { StandardOutput.print(try place.uri() + "\n") }
         Background.ready()
         ServiceManager.notify("READY=1\nMAINPID=\(getpid())")
         CodePages.release(after: 1, on: thread)
@@ -253,56 +240,21 @@ struct ServeCommand: ParsableCommand {
         try await server.stop()
     }
 
-    private func uri() throws(BlockError) -> String {
-        if let socket {
-            return try NBDURI.text(
-                address: ["type": "unix", "path": .string(socket)], export: exportName)
-        }
-        return try NBDURI.text(
-            address: [
-                "type": "inet", "host": .string(bind ?? "0.0.0.0"),
-                "port": .string(String(port ?? 10809)),
-            ], export: exportName)
-    }
-
     /// The device of `--connect`, as a client of the server.
     private func connectDevice(
         to server: NBDServer
     ) async throws(BlockError) -> NetworkBlockDevice? {
         guard let path = mode.connect else { return nil }
         let device = try NetworkBlockDevice(path, on: server.thread)
-        try await device.attach(to: server, exportName)
+        try await device.attach(to: server, place.exportName)
         if verbose { StandardError.print("\(Merino.program): \(path) is connected") }
         return device
-    }
-
-    /// Where `--list` asks; a certificate is for the name that was connected to.
-    private var connectedHost: String? {
-        socket == nil ? bind ?? "localhost" : nil
-    }
-
-    private func address(connecting: Bool = false) throws(BlockError) -> SocketAddress {
-        if let socket { return .unix(path: socket) }
-        let host = (connecting ? connectedHost : bind) ?? "0.0.0.0"
-        guard
-            let first = try SocketAddress.resolve(
-                host: host, port: port ?? 10809, passive: !connecting
-            ).first
-        else { throw BlockError(.notFound, "cannot resolve '\(host)'") }
-        return first
     }
 }
 
 /// How `serve` opens its image.
 struct ServeOpening: ParsableArguments {
-    @Option(
-        name: [.customShort("f", allowingJoined: true), .long],
-        help: "The image's format; found out when not given.")
-    var format: String?
-    @Flag(
-        name: .customLong("image-opts"),
-        help: "The image is given as options: driver=qcow2,file.filename=….")
-    var imageOptions = false
+    @OptionGroup var form: ImageFormArguments
     @Option(
         name: [.customShort("o", allowingJoined: true), .long],
         help: "Serve the image from this byte on.")
@@ -334,7 +286,7 @@ struct ServeOpening: ParsableArguments {
     var isWritable: Bool { !readOnly && loadSnapshot == nil }
 
     func source(_ name: String, secrets: [String]) throws(BlockError) -> ImageSource {
-        var source = ImageSource(name, format: format, isOptions: imageOptions)
+        var source = form.source(name)
         source.objects = secrets
         // A temporary overlay takes the writes.
         source.isWritable = isWritable && !snapshot
