@@ -53,17 +53,10 @@ struct CheckCommand: ParsableCommand {
             StandardError.print("\(Merino.program): images of this format have nothing to check")
             throw ExitCode(Self.nothingToCheck)
         }
-        if !quiet { print(found) }
+        if !quiet { output.print(found.text, found.json) }
         if found.report.checkErrors > 0 {
             StandardError.print("\(Merino.program): parts of the image could not be looked at")
         }
         if found.exitCode != 0 { throw ExitCode(found.exitCode) }
-    }
-
-    private func print(_ found: ImageCheck) {
-        switch output {
-        case .human: StandardOutput.print(found.text)
-        case .json: StandardOutput.print(found.json.text(pretty: true) + "\n")
-        }
     }
 }

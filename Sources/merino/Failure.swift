@@ -1,4 +1,3 @@
-import ArgumentParser
 import BlockCore
 
 #if canImport(Glibc)
@@ -8,37 +7,6 @@ import Musl
 #elseif canImport(Darwin)
 import Darwin
 #endif
-
-/// Results, as they are: unbuffered, so that they stand in order with errors and other processes'.
-enum StandardOutput {
-    static func print(_ text: String) {
-        var text = text
-        text.withUTF8 { send(UnsafeRawBufferPointer($0)) }
-    }
-
-    static func print(_ text: [UInt8]) {
-        text.withUnsafeBytes { send($0) }
-    }
-
-    private static func send(_ bytes: UnsafeRawBufferPointer) {
-        var rest = bytes
-        while !rest.isEmpty {
-            let count = write(1, rest.baseAddress, rest.count)
-            if count < 0, errno == EINTR { continue }
-            // Nobody reads any more.
-            guard count > 0 else { return }
-            rest = UnsafeRawBufferPointer(rebasing: rest[count...])
-        }
-    }
-}
-
-/// Errors and notices go to standard error, with the program's name in front.
-enum StandardError {
-    static func print(_ message: String) {
-        let line = message + "\n"
-        _ = line.withCString { write(2, $0, strlen($0)) }
-    }
-}
 
 /// Ends the command with a message and exit code 1.
 struct Failure: Error, CustomStringConvertible {

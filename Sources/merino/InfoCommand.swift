@@ -1,12 +1,6 @@
 import ArgumentParser
 import BlockCore
 import ImageTools
-import QMP
-
-/// How results are printed.
-enum OutputFormat: String, ExpressibleByArgument, CaseIterable {
-    case human, json
-}
 
 /// `merino info`: what an image is, with the options of `qemu-img info`.
 struct InfoCommand: ParsableCommand {
@@ -27,13 +21,9 @@ struct InfoCommand: ParsableCommand {
             let found = try ToolSession.run { session throws(BlockError) in
                 try await ImageInfo.gather(source, chain: chain, in: session)
             }
-            switch output {
-            case .human:
-                StandardOutput.print(found.map(\.text).joined(separator: "\n"))
-            case .json:
-                let value = chain ? .array(found.map(\.json)) : found.first?.json ?? .null
-                StandardOutput.print(value.text(pretty: true) + "\n")
-            }
+            output.print(
+                found.map(\.text).joined(separator: "\n"),
+                chain ? .array(found.map(\.json)) : found.first?.json ?? .null)
         }
     }
 }

@@ -21,10 +21,7 @@ struct InspectCommand: ParsableCommand {
             let found = try ToolSession.run { session throws(BlockError) in
                 try await ImageInspection.gather(path, in: session)
             }
-            switch output {
-            case .human: StandardOutput.print(found.text)
-            case .json: StandardOutput.print(found.json.text(pretty: true) + "\n")
-            }
+            output.print(found.text, found.json)
         }
     }
 }

@@ -44,10 +44,7 @@ struct MeasureCommand: ParsableCommand {
             let result = try ToolSession.run { session throws(BlockError) in
                 try await work.run(in: session)
             }
-            switch output {
-            case .human: StandardOutput.print(result.text)
-            case .json: StandardOutput.print(result.json.text(pretty: true) + "\n")
-            }
+            output.print(result.text, result.json)
         }
     }
 }
