@@ -42,8 +42,7 @@ struct AmendCommand: ParsableCommand {
             }
             let (work, shown) = (amend, shown)
             try ToolSession.run { session throws(BlockError) in
-                let progress = try shown.make()
-                try CommandSignals.watch(in: session, progress)
+                let progress = try shown.begin(in: session)
                 defer { progress.end() }
                 try await work.run(in: session, progress: progress)
             }

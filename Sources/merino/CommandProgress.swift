@@ -20,8 +20,18 @@ struct ProgressArguments: ParsableArguments {
         help: "Write progress to this descriptor, a JSON object a line.")
     var progressDescriptor: Int32?
 
-    /// For use on the session's thread.
-    func make() throws(BlockError) -> Progress {
+    /// The progress of a command's work, and its answers to signals. On the session's thread.
+    ///
+    /// - Parameter tidy: takes away what a half-done command must not leave.
+    func begin(
+        in session: ToolSession, tidy: @escaping @Sendable () -> Void = {}
+    ) throws(BlockError) -> Progress {
+        let progress = try make()
+        try CommandSignals.watch(in: session, progress, tidy: tidy)
+        return progress
+    }
+
+    private func make() throws(BlockError) -> Progress {
         var machine: (@Sendable (String) -> Void)?
         if let descriptor = progressDescriptor {
             guard fcntl(descriptor, F_GETFD) >= 0 else {
@@ -69,7 +79,7 @@ enum CommandSignals {
     ///
     /// - Parameter tidy: takes away what a half-done command must not leave.
     static func watch(
-        in session: ToolSession, _ progress: Progress, tidy: @escaping @Sendable () -> Void = {}
+        in session: ToolSession, _ progress: Progress, tidy: @escaping @Sendable () -> Void
     ) throws(BlockError) {
         #if os(Linux)
         let source = try SignalSource([SIGUSR1] + ending, on: session.thread)

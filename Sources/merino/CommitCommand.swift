@@ -37,8 +37,7 @@ struct CommitCommand: ParsableCommand {
             if let rate { commit.rate = try ArgumentText.size(rate, "the rate limit") }
             let (work, shown) = (commit, shown)
             try ToolSession.run { session throws(BlockError) in
-                let progress = try shown.make()
-                try CommandSignals.watch(in: session, progress)
+                let progress = try shown.begin(in: session)
                 defer { progress.end() }
                 try await work.run(in: session, progress: progress)
             }

@@ -30,9 +30,8 @@ struct CompactCommand: ParsableCommand {
             compact.compresses = compress
             let (work, shown) = (compact, shown)
             let result = try ToolSession.run { session throws(BlockError) in
-                let progress = try shown.make()
                 let unfinished = UnfinishedFile()
-                try CommandSignals.watch(in: session, progress) { unfinished.discard() }
+                let progress = try shown.begin(in: session) { unfinished.discard() }
                 defer { progress.end() }
                 return try await work.run(
                     in: session, progress: progress, unfinished: unfinished)

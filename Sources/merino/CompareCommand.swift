@@ -36,8 +36,7 @@ struct CompareCommand: ParsableCommand {
             let compare = try compare(cache)
             let shown = shown
             code = try ToolSession.run { session throws(BlockError) in
-                let progress = try shown.make()
-                try CommandSignals.watch(in: session, progress)
+                let progress = try shown.begin(in: session)
                 defer { progress.end() }
                 do throws(ImageCompare.Failure) {
                     let result = try await compare.run(in: session, progress: progress)

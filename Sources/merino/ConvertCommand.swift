@@ -92,9 +92,8 @@ struct ConvertCommand: ParsableCommand {
             try take(&convert)
             let (work, shown) = (convert, shown)
             try ToolSession.run { session throws(BlockError) in
-                let progress = try shown.make()
                 let unfinished = UnfinishedFile()
-                try CommandSignals.watch(in: session, progress) { unfinished.discard() }
+                let progress = try shown.begin(in: session) { unfinished.discard() }
                 defer { progress.end() }
                 try await work.run(in: session, progress: progress, unfinished: unfinished)
             }

@@ -57,8 +57,7 @@ struct RebaseCommand: ParsableCommand {
             rebase.backingCache = try CacheMode(named: backingCache)
             let (work, shown) = (rebase, shown)
             try ToolSession.run { session throws(BlockError) in
-                let progress = try shown.make()
-                try CommandSignals.watch(in: session, progress)
+                let progress = try shown.begin(in: session)
                 defer { progress.end() }
                 try await work.run(in: session, progress: progress)
             }
