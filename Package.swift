@@ -103,7 +103,7 @@ let package = Package(
         tests("QMP", ["BlockTesting"]),
         tests("BlockIO", ["CBlockTesting"]),
         tests("NBDProtocol"),
-        tests("BlockGraph"),
+        tests("BlockGraph", ["BlockTesting"]),
         tests("BlockProtocols", ["BlockTesting"]),
         tests("BlockFilters", ["BlockProtocols", "BlockFormats", "BlockTesting"]),
         tests("BlockFormats", ["BlockProtocols", "BlockTesting"]),

@@ -8,7 +8,7 @@ import Testing
 
 /// A disk that takes writes and lets none go on until somebody waits for them: as a throttle whose
 /// turn never comes.
-private final class HoldingDriver: BlockDriver, @unchecked Sendable {
+private final class HoldingDriver: IdleDriver, @unchecked Sendable {
     let node: BlockNode
     private var sleepers: [UnsafeContinuation<Void, Never>] = []
     private var drainCount = 0
@@ -25,16 +25,6 @@ private final class HoldingDriver: BlockDriver, @unchecked Sendable {
     func write(_ offset: Int, from vector: IOVector, _ flags: WriteFlags) async throws(BlockError) {
         if drainCount == 0 { await withUnsafeContinuation { sleepers.append($0) } }
     }
-    func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {}
-    func discard(_ range: ByteRange) async throws(BlockError) {}
-    func flush() async throws(BlockError) {}
-    func blockStatus(
-        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
-    ) async throws(BlockError) {
-        answer.append(BlockStatus([.data], count: range.count))
-    }
-    func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {}
-    var filename: String { "holding" }
 
     func drainBegins() {
         drainCount += 1

@@ -1,12 +1,13 @@
 import BlockCore
 import BlockIO
+import BlockTesting
 import QMP
 import Testing
 
 @testable import BlockGraph
 
 /// A disk whose image has to be told before a bitmap changes, which gives others time.
-private final class KeepingDriver: BlockDriver, BitmapStore, @unchecked Sendable {
+private final class KeepingDriver: IdleDriver, BitmapStore, @unchecked Sendable {
     private let node: BlockNode
     /// What happens while the image is being told.
     var meanwhile: () -> Void = {}
@@ -16,20 +17,6 @@ private final class KeepingDriver: BlockDriver, BitmapStore, @unchecked Sendable
         node.size = 65536
         node.awaitsFirstChange = true
     }
-
-    func read(_ offset: Int, into vector: IOVector, _ flags: ReadFlags) async throws(BlockError) {}
-    func write(_ offset: Int, from vector: IOVector, _ flags: WriteFlags) async throws(BlockError) {
-    }
-    func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {}
-    func discard(_ range: ByteRange) async throws(BlockError) {}
-    func flush() async throws(BlockError) {}
-    func blockStatus(
-        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
-    ) async throws(BlockError) {
-        answer.append(BlockStatus([.data], count: range.count))
-    }
-    func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {}
-    var filename: String { "keeping" }
 
     var bitmapStore: (any BitmapStore)? { self }
     func checkStorable(name: String, granularity: Int) throws(BlockError) {}
@@ -62,12 +49,8 @@ private final class KeepingDriver: BlockDriver, BitmapStore, @unchecked Sendable
 
     @Test(arguments: Change.allCases, Obstacle.allCases)
     func aBitmapThatIsTakenMeanwhileIsNotChanged(change: Change, obstacle: Obstacle) async throws {
-        let thread = try IOThread(name: "test")
-        defer { thread.stop() }
-        let (code, dirty, isEnabled) = try await thread.run {
-            () async throws(BlockError) -> (BlockError.Code?, Int, Bool) in
-            let graph = BlockGraph(
-                on: thread, registry: DriverRegistry([KeepingDriver.description]))
+        let (code, dirty, isEnabled) = try await withGraph(of: [KeepingDriver.description]) {
+            graph throws(BlockError) -> (BlockError.Code?, Int, Bool) in
             let node = try await graph.open(
                 ["driver": "keeping", "node-name": "n"], monitorOwned: true)
             let bitmap = try await node.makeDirtyBitmap(

@@ -1,5 +1,6 @@
 import BlockCore
 import BlockIO
+import BlockTesting
 import QMP
 import Testing
 
@@ -7,7 +8,7 @@ import Testing
 
 /// A layer that says what its option `runs` says: words of a letter and a number of blocks of 512 bytes,
 /// `d` for data, `z` for zeroes, `u` for what it does not have, `x` for what it fails to tell.
-private final class ScriptedLayer: BlockDriver, @unchecked Sendable {
+private final class ScriptedLayer: IdleDriver, @unchecked Sendable {
     static let block = 512
     private let node: BlockNode
     private let runs: [(letter: Character, range: ByteRange)]
@@ -46,15 +47,6 @@ private final class ScriptedLayer: BlockDriver, @unchecked Sendable {
             guard answer.append(status) else { return }
         }
     }
-
-    func read(_ offset: Int, into vector: IOVector, _ flags: ReadFlags) async throws(BlockError) {}
-    func write(_ offset: Int, from vector: IOVector, _ flags: WriteFlags) async throws(BlockError) {
-    }
-    func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {}
-    func discard(_ range: ByteRange) async throws(BlockError) {}
-    func flush() async throws(BlockError) {}
-    func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {}
-    var filename: String { "scripted" }
 
     static let description = DriverDescription(
         name: "scripted", kind: .format,
@@ -118,12 +110,8 @@ private final class PlainFilter: FilterDriver, @unchecked Sendable {
         _ options: JSONValue,
         _ body: @escaping @Sendable (Edge) async throws(BlockError) -> T
     ) async throws -> T {
-        let thread = try IOThread(name: "test")
-        defer { thread.stop() }
-        return try await thread.run { () async throws(BlockError) -> T in
-            let graph = BlockGraph(
-                on: thread,
-                registry: DriverRegistry([ScriptedLayer.description, PlainFilter.description]))
+        try await withGraph(of: [ScriptedLayer.description, PlainFilter.description]) {
+            graph throws(BlockError) in
             let node = try await graph.open(options)
             defer { node.release("opening") }
             let edge = try graph.attach(NamedUser("test"), to: node, .read)

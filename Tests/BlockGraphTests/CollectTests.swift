@@ -1,12 +1,13 @@
 import BlockCore
 import BlockIO
+import BlockTesting
 import QMP
 import Testing
 
 @testable import BlockGraph
 
 /// A disk whose closing takes a turn of the thread, or more, and may fail.
-private final class ClosingDriver: BlockDriver, @unchecked Sendable {
+private final class ClosingDriver: IdleDriver, @unchecked Sendable {
     private let node: BlockNode
     private let closeFails: Bool
 
@@ -15,20 +16,6 @@ private final class ClosingDriver: BlockDriver, @unchecked Sendable {
         self.closeFails = closeFails
         node.size = 65536
     }
-
-    func read(_ offset: Int, into vector: IOVector, _ flags: ReadFlags) async throws(BlockError) {}
-    func write(_ offset: Int, from vector: IOVector, _ flags: WriteFlags) async throws(BlockError) {
-    }
-    func writeZeroes(_ range: ByteRange, _ flags: WriteFlags) async throws(BlockError) {}
-    func discard(_ range: ByteRange) async throws(BlockError) {}
-    func flush() async throws(BlockError) {}
-    func blockStatus(
-        _ range: ByteRange, precise: Bool, into answer: BlockStatusList
-    ) async throws(BlockError) {
-        answer.append(BlockStatus([.data], count: range.count))
-    }
-    func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {}
-    var filename: String { "closing" }
 
     func close() async throws(BlockError) {
         for _ in 0..<3 { await node.thread.yield() }
@@ -49,14 +36,7 @@ private final class ClosingDriver: BlockDriver, @unchecked Sendable {
     private static func withNodes<T: Sendable>(
         _ body: @escaping @Sendable (BlockGraph) async throws(BlockError) -> T
     ) async throws -> T {
-        let thread = try IOThread(name: "test")
-        defer { thread.stop() }
-        return try await thread.run { () async throws(BlockError) -> T in
-            let graph = BlockGraph(
-                on: thread,
-                registry: DriverRegistry([ClosingDriver.description, MemoryDriver.description]))
-            return try await body(graph)
-        }
+        try await withGraph(of: [ClosingDriver.description, MemoryDriver.description], body)
     }
 
     @Test func whoRemovesANodeIsToldOfItsChildrenWhateverElseIsClosedMeanwhile() async throws {

@@ -1,5 +1,6 @@
 import BlockCore
 import BlockIO
+import BlockTesting
 import QMP
 import Testing
 
@@ -95,14 +96,7 @@ final class MemoryDriver: BlockDriver, @unchecked Sendable {
 func withGraph<T: Sendable>(
     _ body: @escaping @Sendable (BlockGraph) async throws(BlockError) -> T
 ) async throws -> T {
-    let thread = try IOThread(name: "test")
-    defer { thread.stop() }
-    return try await thread.run { () async throws(BlockError) -> T in
-        let graph = BlockGraph(
-            on: thread,
-            registry: DriverRegistry([MemoryDriver.description, MemoryDriver.overlay]))
-        return try await body(graph)
-    }
+    try await withGraph(of: [MemoryDriver.description, MemoryDriver.overlay], body)
 }
 
 extension BlockGraph {
