@@ -2,8 +2,10 @@
 #include "CBlockTesting.h"
 
 #include <errno.h>
+#include <ftw.h>
 #include <signal.h>
 #include <spawn.h>
+#include <stdio.h>
 #include <sys/wait.h>
 
 extern char **environ;
@@ -61,6 +63,16 @@ int testing_has_ended(pid_t child) {
     siginfo_t information = {0};
     int result = waitid(P_PID, (id_t)child, &information, WEXITED | WNOHANG | WNOWAIT);
     return result != 0 || information.si_pid != 0;
+}
+
+static int remove_entry(const char *path, const struct stat *status, int kind, struct FTW *place) {
+    (void)status, (void)kind, (void)place;
+    remove(path);
+    return 0;
+}
+
+void testing_remove_folder(const char *path) {
+    nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
 }
 
 #if defined(__linux__)

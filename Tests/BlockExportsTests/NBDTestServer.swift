@@ -14,7 +14,8 @@ import Testing
 /// A server of disks in a private directory, on a Unix socket and on a TCP port of its own.
 final class NBDTestServer: @unchecked Sendable {
     let thread: IOThread
-    let folder: String
+    private let place: TemporaryFolder
+    var folder: String { place.path }
     private(set) var port: UInt16 = 0
     let messages = Mutex<[String]>([])
     private var graph: BlockGraph?
@@ -40,7 +41,7 @@ final class NBDTestServer: @unchecked Sendable {
         setup.offersSlow = slow
         defer {
             setup.thread.stop()
-            try? FileManager.default.removeItem(atPath: setup.folder)
+            setup.place.remove()
         }
         try await setup.start(options)
         let result: T
@@ -55,9 +56,7 @@ final class NBDTestServer: @unchecked Sendable {
     }
 
     private init() throws {
-        folder = "/tmp/merino-nbd-\(getpid())-\(UInt32.random(in: 0 ... .max))"
-        try FileManager.default.createDirectory(
-            atPath: folder, withIntermediateDirectories: true)
+        place = try TemporaryFolder()
         thread = try IOThread(name: "nbd-test")
     }
 

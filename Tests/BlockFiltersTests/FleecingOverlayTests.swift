@@ -4,37 +4,25 @@ import BlockFormats
 import BlockGraph
 import BlockIO
 import BlockProtocols
+import BlockTesting
 import QMP
 import Testing
-
-#if canImport(Glibc)
-import Glibc
-#endif
 
 @Suite struct FleecingOverlayTests {
     /// A disk whose data is all in its backing image: copied from the status, it must not become a hole.
     @Test func statusOfTheSnapshotKnowsTheBackingImagesData() async throws {
-        let folder = "/tmp/merino-overlay-\(getpid())-\(UInt64.random(in: 0 ... .max))"
-        mkdir(folder, 0o700)
-        defer {
-            for name in ["base", "disk", "temp"] { unlink("\(folder)/\(name)") }
-            rmdir(folder)
-        }
-        let thread = try IOThread(name: "test")
-        defer { thread.stop() }
-        let flags = try await thread.run { () async throws(BlockError) -> ExtentFlags in
-            let graph = BlockGraph(
-                on: thread,
-                registry: DriverRegistry(
-                    BlockProtocols.drivers + BlockFormats.drivers + BlockFilters.drivers))
+        let folder = try TemporaryFolder()
+        defer { folder.remove() }
+        let drivers = BlockProtocols.drivers + BlockFormats.drivers + BlockFilters.drivers
+        let flags = try await withGraph(of: drivers) { graph throws(BlockError) -> ExtentFlags in
             let size = 1 << 20
-            try await Self.makeFile("\(folder)/base", size: size, fill: 0xaa, thread)
-            try await Self.makeFile("\(folder)/temp", size: size, fill: nil, thread)
-            try await Self.makeFile("\(folder)/disk", size: 0, fill: nil, thread)
-            try await Self.createOverlay("\(folder)/disk", size: size, graph)
+            try await folder.makeFile("base", size: size, of: 0xaa, on: graph.thread)
+            try await folder.makeFile("temp", size: size, on: graph.thread)
+            try await folder.makeFile("disk", size: 0, on: graph.thread)
+            try await Self.createOverlay(folder["disk"], size: size, graph)
 
             func file(_ name: String) -> JSONValue {
-                ["driver": "file", "filename": .string("\(folder)/\(name)")]
+                ["driver": "file", "filename": .string(folder[name])]
             }
             let nodes: [JSONValue] = [
                 ["driver": "raw", "node-name": "temp", "file": file("temp")],
@@ -58,19 +46,6 @@ import Glibc
         }
         #expect(flags.contains(.data))
         #expect(!flags.contains(.zero))
-    }
-
-    private static func makeFile(
-        _ path: String, size: Int, fill: UInt8?, _ thread: IOThread
-    ) async throws(BlockError) {
-        let file = try await File.open(path, FileOptions(writable: true, create: true), on: thread)
-        try await file.setSize(size)
-        if let fill {
-            let data = try IOVector(allocating: size)
-            data.fill(fill)
-            try await file.write(data, at: 0)
-        }
-        await file.close()
     }
 
     private static func createOverlay(

@@ -8,14 +8,10 @@ import BlockTesting
 import QMP
 import Testing
 
-#if canImport(Glibc)
-import Glibc
-#endif
-
 /// A frozen view of a disk in files: active disk, temporary image, filter, snapshot node.
 final class FleecingGraph: @unchecked Sendable {
     let graph: BlockGraph
-    let folder: String
+    let folder: TemporaryFolder
     let guest: Edge
     let snapshot: Edge
     let size: Int
@@ -24,13 +20,8 @@ final class FleecingGraph: @unchecked Sendable {
         size: Int = 1 << 20, options: JSONValue = [:],
         _ body: @escaping @Sendable (FleecingGraph) async throws(BlockError) -> T
     ) async throws -> T {
-        let folder = "/tmp/merino-fleece-\(getpid())-\(UInt64.random(in: 0 ... .max))"
-        mkdir(folder, 0o700)
-        defer {
-            unlink("\(folder)/disk")
-            unlink("\(folder)/temp")
-            rmdir(folder)
-        }
+        let folder = try TemporaryFolder()
+        defer { folder.remove() }
         let thread = try IOThread(name: "test")
         defer { thread.stop() }
         return try await thread.run { () async throws(BlockError) -> T in
@@ -46,7 +37,7 @@ final class FleecingGraph: @unchecked Sendable {
     }
 
     private init(
-        _ thread: IOThread, _ folder: String, _ size: Int, _ options: JSONValue
+        _ thread: IOThread, _ folder: TemporaryFolder, _ size: Int, _ options: JSONValue
     ) async throws(BlockError) {
         self.folder = folder
         self.size = size
@@ -54,18 +45,9 @@ final class FleecingGraph: @unchecked Sendable {
             on: thread,
             registry: DriverRegistry(
                 BlockProtocols.drivers + BlockFormats.drivers + BlockFilters.drivers))
-        for name in ["disk", "temp"] {
-            let file = try await File.open(
-                "\(folder)/\(name)", FileOptions(writable: true, create: true), on: thread)
-            try await file.setSize(size)
-            if name == "disk" {
-                let data = try IOVector(allocating: size)
-                data.fill(0xaa)
-                try await file.write(data, at: 0)
-            }
-            await file.close()
-        }
-        let ends = try await FleecingEnds(in: graph, folder: folder, options: options)
+        try await folder.makeFile("disk", size: size, of: 0xaa, on: thread)
+        try await folder.makeFile("temp", size: size, on: thread)
+        let ends = try await FleecingEnds(in: graph, folder: folder.path, options: options)
         (guest, snapshot) = (ends.guest, ends.snapshot)
     }
 

@@ -10,17 +10,14 @@ import Testing
 
 /// A private folder with images, and the peers' tools to make and judge them.
 final class QCOW2TestFolder: Sendable {
-    let path: String
+    private let folder: TemporaryFolder
+    var path: String { folder.path }
 
-    init() throws {
-        path = NSTemporaryDirectory() + "merino-qcow2-\(UUID().uuidString)"
-        try FileManager.default.createDirectory(
-            atPath: path, withIntermediateDirectories: true)
-    }
+    init() throws { folder = try TemporaryFolder() }
 
-    deinit { try? FileManager.default.removeItem(atPath: path) }
+    deinit { folder.remove() }
 
-    subscript(name: String) -> String { "\(path)/\(name)" }
+    subscript(name: String) -> String { folder[name] }
 
     struct ToolFailure: Error, CustomStringConvertible {
         var description: String

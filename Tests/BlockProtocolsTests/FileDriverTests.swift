@@ -13,26 +13,16 @@ import Glibc
 
 /// The `file` driver on files of its own.
 @Suite struct FileDriverTests {
-    static func withGraph<T: Sendable>(
+    static func withDisk<T: Sendable>(
         _ body: @escaping @Sendable (BlockGraph, _ folder: String) async throws(BlockError) -> T
     ) async throws -> T {
-        let folder = "/tmp/merino-file-\(getpid())-\(UInt64.random(in: 0 ... .max))"
-        try #require(mkdir(folder, 0o700) == 0)
-        defer {
-            unlink("\(folder)/disk")
-            rmdir(folder)
-        }
-        let thread = try IOThread(name: "test")
-        defer { thread.stop() }
-        return try await thread.run { () async throws(BlockError) -> T in
-            let file = try await File.open(
-                "\(folder)/disk", FileOptions(writable: true, create: true), on: thread)
-            try await file.setSize(1 << 20)
-            await file.close()
-            let graph = BlockGraph(on: thread, registry: DriverRegistry(BlockProtocols.drivers))
+        let folder = try TemporaryFolder()
+        defer { folder.remove() }
+        return try await withGraph(of: BlockProtocols.drivers) { graph throws(BlockError) -> T in
+            try await folder.makeFile("disk", size: 1 << 20, on: graph.thread)
             let result: T
             do throws(BlockError) {
-                result = try await body(graph, folder)
+                result = try await body(graph, folder.path)
             } catch {
                 try? await graph.closeAll()
                 throw error
@@ -60,7 +50,7 @@ import Glibc
     }
 
     @Test func locksGoWithTheNodeAlthoughAChildProcessHasItsDescriptors() async throws {
-        try await Self.withGraph { graph, folder throws(BlockError) in
+        try await Self.withDisk { graph, folder throws(BlockError) in
             let path = "\(folder)/disk"
             let node = try await Self.open(graph, "a", path)
             let edge = try Self.write(node)

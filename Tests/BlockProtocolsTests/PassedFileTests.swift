@@ -13,7 +13,7 @@ import Testing
         _ body:
             @escaping @Sendable (BlockGraph, _ name: String) async throws(BlockError) -> T
     ) async throws -> T {
-        try await FileDriverTests.withGraph { graph, folder throws(BlockError) in
+        try await FileDriverTests.withDisk { graph, folder throws(BlockError) in
             let passed = try graph.thread.system.open(
                 "\(folder)/disk", FileOptions(writable: true, direct: isDirect))
             let set = try graph.descriptorSets.add(passed.rawValue, to: nil, note: nil)

@@ -109,15 +109,13 @@ final class Pair {
     }
 
     @Test func aWrongSharedKeyIsRefused() throws {
-        let directory = NSTemporaryDirectory() + "merino-psk-\(UUID().uuidString)"
-        try FileManager.default.createDirectory(
-            atPath: directory, withIntermediateDirectories: true)
-        defer { try? FileManager.default.removeItem(atPath: directory) }
+        let folder = try TemporaryFolder()
+        defer { folder.remove() }
         try "qemu:00112233445566778899aabbccddeeff\n".write(
-            toFile: directory + "/keys.psk", atomically: true, encoding: .utf8)
+            toFile: folder["keys.psk"], atomically: true, encoding: .utf8)
         let pair = try Pair(
             .psk(directory: TestCertificates.path("psk"), endpoint: .server),
-            .psk(directory: directory, endpoint: .client))
+            .psk(directory: folder.path, endpoint: .client))
         try pair.connect()
         #expect(pair.serverError != nil)
         #expect(!pair.server.isEstablished)
@@ -155,16 +153,14 @@ final class Pair {
     }
 
     @Test func aClientWithoutCertificateIsRefusedUnlessPeersAreNotVerified() throws {
-        let directory = NSTemporaryDirectory() + "merino-x509-\(UUID().uuidString)"
-        try FileManager.default.createDirectory(
-            atPath: directory, withIntermediateDirectories: true)
-        defer { try? FileManager.default.removeItem(atPath: directory) }
+        let folder = try TemporaryFolder()
+        defer { folder.remove() }
         try FileManager.default.copyItem(
-            atPath: TestCertificates.path("x509/ca-cert.pem"), toPath: directory + "/ca-cert.pem")
+            atPath: TestCertificates.path("x509/ca-cert.pem"), toPath: folder["ca-cert.pem"])
         for verifiesPeer in [true, false] {
             let pair = try Pair(
                 x509(.server, verifiesPeer: verifiesPeer),
-                .x509(directory: directory, endpoint: .client), hostname: "localhost")
+                .x509(directory: folder.path, endpoint: .client), hostname: "localhost")
             try pair.connect()
             #expect((pair.serverError != nil) == verifiesPeer)
             if verifiesPeer { #expect(pair.serverError?.code == .permissionDenied) }

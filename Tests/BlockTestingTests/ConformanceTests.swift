@@ -8,10 +8,6 @@ import BlockTesting
 import QMP
 import Testing
 
-#if canImport(Glibc)
-import Glibc
-#endif
-
 let registry = DriverRegistry(
     BlockProtocols.drivers + BlockFormats.drivers + BlockFilters.drivers)
 
@@ -126,15 +122,13 @@ private func create(_ thread: IOThread, _ given: JSONValue) async throws(BlockEr
             try choice.makeEngine()
         }
         defer { thread.stop() }
-        let path = "/tmp/merino-conformance-\(getpid())-\(UInt64.random(in: 0 ... .max))"
-        defer { unlink(path) }
+        let folder = try TemporaryFolder()
+        defer { folder.remove() }
         let violations = try await thread.run { () async throws(BlockError) in
-            let file = try await File.open(
-                path, FileOptions(writable: true, create: true), on: thread)
-            try await file.setSize(300_032)
-            await file.close()
+            try await folder.makeFile("disk", size: 300_032, on: thread)
             return try await check(
-                thread, ["driver": "file", "filename": .string(path), "discard": "unmap"], 1)
+                thread,
+                ["driver": "file", "filename": .string(folder["disk"]), "discard": "unmap"], 1)
         }
         #expect(violations == [])
     }

@@ -74,10 +74,9 @@ import Testing
 
     /// What QEMU's storage daemon answers to the same steps.
     static func runOnQEMU(_ steps: [Step]) throws -> [String] {
-        let folder = "/tmp/merino-qsd-\(getpid())-\(UInt32.random(in: 0 ... .max))"
-        try FileManager.default.createDirectory(
-            atPath: folder, withIntermediateDirectories: true)
-        defer { try? FileManager.default.removeItem(atPath: folder) }
+        let place = try TemporaryFolder()
+        defer { place.remove() }
+        let folder = place.path
         _ = FileManager.default.createFile(
             atPath: "\(folder)/disk", contents: Data(count: 1 << 20))
         let daemon = try ChildProgram(

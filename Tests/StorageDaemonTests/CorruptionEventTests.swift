@@ -17,12 +17,11 @@ import Testing
     }
 
     @Test func anImageFoundCorruptIsAnnouncedOnce() async throws {
-        let folder = "/tmp/merino-corrupt-\(getpid())-\(UInt32.random(in: 0 ... .max))"
-        try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
-        defer { try? FileManager.default.removeItem(atPath: folder) }
-        let image = "\(folder)/a.qcow2"
-        try run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], in: folder)
-        try run(["qemu-io", "-c", "write 0 128k", image], in: folder)
+        let folder = try TemporaryFolder()
+        defer { folder.remove() }
+        let image = folder["a.qcow2"]
+        try run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], in: folder.path)
+        try run(["qemu-io", "-c", "write 0 128k", image], in: folder.path)
         // The first guest cluster lies in the L1 table.
         let file = try #require(FileHandle(forUpdatingAtPath: image))
         try file.seek(toOffset: 0x40000)

@@ -1,6 +1,7 @@
 import BlockCore
 import BlockGraph
 import BlockIO
+import BlockTesting
 import QMP
 import Testing
 
@@ -19,12 +20,8 @@ final class TestDaemon: @unchecked Sendable {
     static func run<T: Sendable>(
         _ body: @escaping @Sendable (TestDaemon) async throws(BlockError) -> T
     ) async throws -> T {
-        let folder = "/tmp/merino-daemon-\(getpid())-\(UInt64.random(in: 0 ... .max))"
-        mkdir(folder, 0o700)
-        defer {
-            for name in ["disk", "temp", "nbd.sock"] { unlink("\(folder)/\(name)") }
-            rmdir(folder)
-        }
+        let folder = try TemporaryFolder()
+        defer { folder.remove() }
         let thread = try IOThread(name: "test")
         defer { thread.stop() }
         return try await thread.run { () async throws(BlockError) -> T in
@@ -40,15 +37,10 @@ final class TestDaemon: @unchecked Sendable {
         }
     }
 
-    private init(_ thread: IOThread, _ folder: String) async throws(BlockError) {
-        self.folder = folder
+    private init(_ thread: IOThread, _ place: TemporaryFolder) async throws(BlockError) {
+        folder = place.path
         daemon = StorageDaemon(on: thread)
-        let file = try await File.open(
-            "\(folder)/disk", FileOptions(writable: true, create: true), on: thread)
-        let data = try IOVector(allocating: Self.size)
-        data.fill(0x11)
-        try await file.write(data, at: 0)
-        await file.close()
+        try await place.makeFile("disk", size: Self.size, of: 0x11, on: thread)
         _ = try await daemon.execute(
             "nbd-server-start",
             ["addr": ["type": "unix", "data": ["path": .string("\(folder)/nbd.sock")]]])

@@ -1,5 +1,6 @@
 import BlockCore
 import BlockIO
+import BlockTesting
 import Foundation
 import QMP
 import Synchronization
@@ -9,7 +10,8 @@ import Testing
 
 /// A daemon on a thread of its own, with its files and sockets in a private directory.
 final class MonitoredDaemon: Sendable {
-    let folder: String
+    private let place: TemporaryFolder
+    var folder: String { place.path }
     private let outcome = Mutex<Result<Void, BlockError>?>(nil)
 
     var socketPath: String { "\(folder)/qmp" }
@@ -20,7 +22,7 @@ final class MonitoredDaemon: Sendable {
         _ arguments: [String] = [], _ body: (MonitoredDaemon) async throws -> Void
     ) async throws {
         let daemon = try MonitoredDaemon()
-        defer { try? FileManager.default.removeItem(atPath: daemon.folder) }
+        defer { daemon.place.remove() }
         try daemon.start(arguments)
         do {
             try await body(daemon)
@@ -34,9 +36,7 @@ final class MonitoredDaemon: Sendable {
     }
 
     init() throws {
-        folder = "/tmp/merino-daemon-\(getpid())-\(UInt32.random(in: 0 ... .max))"
-        try FileManager.default.createDirectory(
-            atPath: folder, withIntermediateDirectories: true)
+        place = try TemporaryFolder()
         _ = FileManager.default.createFile(
             atPath: "\(folder)/disk", contents: Data(count: 1 << 20))
     }

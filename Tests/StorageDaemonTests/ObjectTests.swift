@@ -121,8 +121,9 @@ import Testing
     }
 
     @Test func aListInAFileIsReadAgainWhenItChanges() async throws {
-        let path = "/tmp/merino-authz-\(getpid())-\(UInt32.random(in: 0 ... .max))"
-        defer { unlink(path) }
+        let folder = try TemporaryFolder()
+        defer { folder.remove() }
+        let path = folder["list"]
         func write(_ text: String) throws {
             try text.write(toFile: path, atomically: true, encoding: .utf8)
         }

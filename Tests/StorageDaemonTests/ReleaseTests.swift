@@ -1,16 +1,13 @@
 import BlockCore
 import BlockFilters
 import BlockIO
+import BlockTesting
 import QMP
 import Testing
 
 @testable import BlockExports
 @testable import BlockGraph
 @testable import StorageDaemon
-
-#if canImport(Glibc)
-import Glibc
-#endif
 
 /// What is closed is not in memory any more.
 @Suite struct ReleaseTests {
@@ -44,21 +41,14 @@ import Glibc
     private static func with<T: Sendable>(
         _ body: @escaping @Sendable (StorageDaemon, _ folder: String) async throws(BlockError) -> T
     ) async throws -> T {
-        let folder = "/tmp/merino-release-\(getpid())-\(UInt64.random(in: 0 ... .max))"
-        mkdir(folder, 0o700)
-        defer {
-            for name in ["a", "b", "q"] { unlink("\(folder)/\(name)") }
-            rmdir(folder)
-        }
+        let folder = try TemporaryFolder()
+        defer { folder.remove() }
         let thread = try IOThread(name: "test")
         defer { thread.stop() }
         return try await thread.run { () async throws(BlockError) -> T in
             let daemon = StorageDaemon(on: thread)
             for (name, size) in [("a", 1 << 20), ("b", 1 << 20), ("q", 0)] {
-                let file = try await File.open(
-                    "\(folder)/\(name)", FileOptions(writable: true, create: true), on: thread)
-                try await file.setSize(size)
-                await file.close()
+                try await folder.makeFile(name, size: size, on: thread)
             }
             _ = try await daemon.execute(
                 "blockdev-create",
@@ -66,13 +56,13 @@ import Glibc
                     "job-id": "j",
                     "options": [
                         "driver": "qcow2", "size": 1_048_576,
-                        "file": ["driver": "file", "filename": .string("\(folder)/q")],
+                        "file": ["driver": "file", "filename": .string(folder["q"])],
                     ],
                 ])
             await daemon.jobs.first?.task?.value
             _ = try await daemon.execute(
                 "object-add", ["qom-type": "throttle-group", "id": "group"])
-            return try await body(daemon, folder)
+            return try await body(daemon, folder.path)
         }
     }
 

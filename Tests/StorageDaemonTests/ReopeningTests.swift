@@ -10,16 +10,14 @@ import Testing
 
 /// A graph of the daemon's drivers, with its images in a private folder.
 final class ReopeningFolder: Sendable {
-    let path: String
+    private let folder: TemporaryFolder
+    var path: String { folder.path }
 
-    init() throws {
-        path = "/tmp/merino-reopen-\(getpid())-\(UInt32.random(in: 0 ... .max))"
-        try FileManager.default.createDirectory(atPath: path, withIntermediateDirectories: true)
-    }
+    init() throws { folder = try TemporaryFolder() }
 
-    deinit { try? FileManager.default.removeItem(atPath: path) }
+    deinit { folder.remove() }
 
-    subscript(name: String) -> String { "\(path)/\(name)" }
+    subscript(name: String) -> String { folder[name] }
 
     /// - Returns: the exit status.
     @discardableResult

@@ -6,16 +6,12 @@ typealias ProgramResult = ChildProgram.Output
 
 /// Runs programs in a private folder that is removed at the end.
 final class Workplace {
-    let folder: String
+    private let place: TemporaryFolder
+    var folder: String { place.path }
 
-    init() throws {
-        folder = "/tmp/merino-commands-\(getpid())-\(UInt32.random(in: 0 ... .max))"
-        try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
-    }
+    init() throws { place = try TemporaryFolder() }
 
-    deinit {
-        try? FileManager.default.removeItem(atPath: folder)
-    }
+    deinit { place.remove() }
 
     /// The program beside this test bundle.
     static let merino =

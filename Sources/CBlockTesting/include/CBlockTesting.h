@@ -1,4 +1,4 @@
-// What tests need of the system and Swift cannot call: filters of system calls, starting programs.
+// What tests need of the system and Swift cannot call: filters of system calls, starting programs, walks over folders.
 #pragma once
 #include <sys/types.h>
 
@@ -14,6 +14,9 @@ int testing_wait(pid_t child);
 
 // Whether a child that nobody has waited for yet has ended.
 int testing_has_ended(pid_t child);
+
+// Removes a folder with all that is in it, as far as that is allowed. Links are removed, not followed.
+void testing_remove_folder(const char *path);
 
 #if defined(__linux__)
 // From now on the calling thread, and the threads it starts, get EPERM from io_uring_setup, as in a
