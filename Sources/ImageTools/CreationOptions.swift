@@ -77,59 +77,53 @@ extension CreationOption {
     private static let preallocation = CreationOption(
         "preallocation", .text, "How space is reserved: off, falloc, full")
 
-    private static let luks = [
-        size,
-        CreationOption("preallocation", .text, "How space is reserved: off, falloc, full"),
-        CreationOption("key-secret", .text, "The secret that holds the passphrase"),
-        CreationOption("cipher-alg", .text, "Encryption: aes-128 or aes-256"),
-        CreationOption("cipher-mode", .text, "Its mode: xts or cbc"),
-        CreationOption("ivgen-alg", .text, "Vectors of sectors: plain64, plain or essiv"),
-        CreationOption("ivgen-hash-alg", .text, "The hash of essiv"),
-        CreationOption("hash-alg", .text, "The hash that makes keys of passphrases"),
-        CreationOption("iter-time", .number, "Milliseconds that trying a passphrase takes"),
-    ]
+    /// Ciphers and keys: LUKS's own, or qcow2's in a group of their own.
+    private static func encryption(_ group: String) -> [CreationOption] {
+        [
+            CreationOption(group + "key-secret", .text, "The secret that holds the passphrase"),
+            CreationOption(group + "cipher-alg", .text, "Encryption: aes-128 or aes-256"),
+            CreationOption(group + "cipher-mode", .text, "Its mode: xts or cbc"),
+            CreationOption(
+                group + "ivgen-alg", .text, "Vectors of sectors: plain64, plain or essiv"),
+            CreationOption(group + "ivgen-hash-alg", .text, "The hash of essiv"),
+            CreationOption(group + "hash-alg", .text, "The hash that makes keys of passphrases"),
+            CreationOption(
+                group + "iter-time", .number, "Milliseconds that trying a passphrase takes"),
+        ]
+    }
+
+    private static let luks = [size, preallocation] + encryption("")
 
     private static let file = [
         CreationOption("nocow", .switching, "Without copy-on-write in the file system (btrfs)"),
         CreationOption("extent_size_hint", .size, "A hint to the file system; 0 for none"),
     ]
 
-    private static let qcow2 = [
-        CreationOption("encryption", .switching, "Encrypt with the old AES format"),
-        CreationOption("encrypt.format", .text, "Encrypt: luks"),
-        CreationOption("encrypt.key-secret", .text, "The secret that holds the passphrase"),
-        CreationOption(
-            "encrypt.cipher-alg", .text, "Encryption: aes-128 or aes-256"),
-        CreationOption(
-            "encrypt.cipher-mode", .text, "Its mode: xts or cbc"),
-        CreationOption(
-            "encrypt.ivgen-alg", .text, "Vectors of sectors: plain64, plain or essiv"),
-        CreationOption(
-            "encrypt.ivgen-hash-alg", .text, "The hash of essiv"),
-        CreationOption(
-            "encrypt.hash-alg", .text, "The hash that makes keys of passphrases"),
-        CreationOption(
-            "encrypt.iter-time", .number, "Milliseconds that trying a passphrase takes"),
-        CreationOption(
-            "cluster_size", .size, "Cluster size, a power of two from 512 to 2M",
-            standard: "65536"),
-        CreationOption("extended_l2", .switching, "Extended L2 tables", standard: "off"),
-        CreationOption(
-            "preallocation", .text, "How space is reserved: off, metadata, falloc, full"),
-        CreationOption(
-            "compression_type", .text, "How clusters are compressed: zlib or zstd",
-            standard: "zlib"),
-        size,
-        CreationOption("compat", .text, "Version of the format: 0.10 (2) or 1.1 (3)"),
-        CreationOption("backing_file", .text, "Name of the backing image"),
-        CreationOption("backing_fmt", .text, "Format of the backing image"),
-        CreationOption("data_file", .text, "Name of an external data file"),
-        CreationOption("data_file_raw", .switching, "The data file stays valid as a raw image"),
-        CreationOption(
-            "lazy_refcounts", .switching, "Postpone refcount updates", standard: "off"),
-        CreationOption(
-            "refcount_bits", .number, "Width of a reference count: 1 to 64", standard: "16"),
-    ]
+    private static let qcow2 =
+        [
+            CreationOption("encryption", .switching, "Encrypt with the old AES format"),
+            CreationOption("encrypt.format", .text, "Encrypt: luks"),
+        ] + encryption("encrypt.") + [
+            CreationOption(
+                "cluster_size", .size, "Cluster size, a power of two from 512 to 2M",
+                standard: "65536"),
+            CreationOption("extended_l2", .switching, "Extended L2 tables", standard: "off"),
+            CreationOption(
+                "preallocation", .text, "How space is reserved: off, metadata, falloc, full"),
+            CreationOption(
+                "compression_type", .text, "How clusters are compressed: zlib or zstd",
+                standard: "zlib"),
+            size,
+            CreationOption("compat", .text, "Version of the format: 0.10 (2) or 1.1 (3)"),
+            CreationOption("backing_file", .text, "Name of the backing image"),
+            CreationOption("backing_fmt", .text, "Format of the backing image"),
+            CreationOption("data_file", .text, "Name of an external data file"),
+            CreationOption("data_file_raw", .switching, "The data file stays valid as a raw image"),
+            CreationOption(
+                "lazy_refcounts", .switching, "Postpone refcount updates", standard: "off"),
+            CreationOption(
+                "refcount_bits", .number, "Width of a reference count: 1 to 64", standard: "16"),
+        ]
 }
 
 extension CreationOption {
