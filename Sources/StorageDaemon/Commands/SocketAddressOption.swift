@@ -23,18 +23,9 @@ struct SocketAddressOption {
     func connect(on thread: IOThread) async throws(BlockError) -> Socket {
         let reader = try OptionReader(value, of: "the socket address")
         switch try reader.required("type") {
-        case "unix":
-            let path = try reader.required("path")
-            let abstract = try reader.bool("abstract") ?? false
-            _ = try reader.bool("tight")
-            try reader.finish()
-            return try await Socket.connect(to: .unix(path: path, abstract: abstract), on: thread)
+        case "unix": return try await Socket.connect(to: try unix(reader), on: thread)
         case "inet": return try await connectInternet(reader, thread)
-        case "vsock":
-            let cid = try number(reader, "cid")
-            let port = try number(reader, "port")
-            try reader.finish()
-            return try await Socket.connect(to: .vsock(cid: cid, port: port), on: thread)
+        case "vsock": return try await Socket.connect(to: try vsock(reader), on: thread)
         case "fd":
             let handle = IOHandle(try descriptor(reader))
             try thread.system.adopt(handle)
@@ -80,21 +71,9 @@ struct SocketAddressOption {
     func listen(on thread: IOThread) async throws(BlockError) -> [Listener] {
         let reader = try OptionReader(value, of: "the socket address")
         switch try reader.required("type") {
-        case "unix":
-            let path = try reader.required("path")
-            let abstract = try reader.bool("abstract") ?? false
-            _ = try reader.bool("tight")
-            try reader.finish()
-            return [
-                try Listener(on: .unix(path: path, abstract: abstract), thread: thread)
-            ]
-        case "inet":
-            return try await listenInternet(reader, thread)
-        case "vsock":
-            let cid = try number(reader, "cid")
-            let port = try number(reader, "port")
-            try reader.finish()
-            return [try Listener(on: .vsock(cid: cid, port: port), thread: thread)]
+        case "unix": return [try Listener(on: try unix(reader), thread: thread)]
+        case "inet": return try await listenInternet(reader, thread)
+        case "vsock": return [try Listener(on: try vsock(reader), thread: thread)]
         case "fd":
             let handle = IOHandle(try descriptor(reader))
             return [try Listener(adopting: handle, thread: thread)]
@@ -103,6 +82,21 @@ struct SocketAddressOption {
                 .invalidArgument, "there is no socket address type '\(other)'",
                 remedy: "use inet, unix, vsock or fd")
         }
+    }
+
+    private func unix(_ reader: OptionReader) throws(BlockError) -> SocketAddress {
+        let path = try reader.required("path")
+        let abstract = try reader.bool("abstract") ?? false
+        _ = try reader.bool("tight")
+        try reader.finish()
+        return .unix(path: path, abstract: abstract)
+    }
+
+    private func vsock(_ reader: OptionReader) throws(BlockError) -> SocketAddress {
+        let cid = try number(reader, "cid")
+        let port = try number(reader, "port")
+        try reader.finish()
+        return .vsock(cid: cid, port: port)
     }
 
     private func number(_ reader: OptionReader, _ key: String) throws(BlockError) -> UInt32 {
