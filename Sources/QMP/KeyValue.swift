@@ -19,7 +19,7 @@ public struct KeyValue {
         guard !text.utf8.contains(0) else {
             throw BlockError(.invalidArgument, "options cannot hold a zero byte")
         }
-        let root = Branch()
+        let root = OptionBranch()
         var valueCount = 0
         for (index, part) in parts(of: text).enumerated() {
             valueCount += 1
@@ -28,9 +28,9 @@ public struct KeyValue {
             }
             let (key, value) = try split(
                 part, impliedKey: index == 0 ? impliedKey : nil, allowsFlags: allowsFlags)
-            try root.insert(value, at: key)
+            try insert(value, at: key, of: root)
         }
-        return try root.value(path: "")
+        return try root.value()
     }
 
     /// The parts between single commas, double ones made single.
@@ -76,70 +76,34 @@ public struct KeyValue {
         return (part, "on")
     }
 
-    /// A value or an object while its members arrive.
-    private final class Branch {
-        var leaf: String?
-        var members: [(key: String, branch: Branch)] = []
-        var index: [String: Int] = [:]
-
-        func insert(_ value: String, at path: String) throws(BlockError) {
-            let names = path.split(separator: ".", omittingEmptySubsequences: false)
-            guard names.count <= Limits.jsonDepthMax else {
-                throw BlockError(.invalidArgument, "option '\(path)' is nested too deep")
+    private static func insert(
+        _ value: String, at path: String, of root: OptionBranch
+    ) throws(BlockError) {
+        let names = path.split(separator: ".", omittingEmptySubsequences: false)
+        guard names.count <= Limits.jsonDepthMax else {
+            throw BlockError(.invalidArgument, "option '\(path)' is nested too deep")
+        }
+        var branch = root
+        for (level, name) in names.enumerated() {
+            guard isName(name) else {
+                throw BlockError(.invalidArgument, "'\(path)' is no name of an option")
             }
-            var branch = self
-            for name in names {
-                guard KeyValue.isName(name) else {
-                    throw BlockError(.invalidArgument, "'\(path)' is no name of an option")
-                }
-                guard branch.leaf == nil else { throw mixed(path) }
-                branch = branch.member(String(name))
-            }
-            guard branch.members.isEmpty else { throw mixed(path) }
-            // The last one counts, as everywhere on command lines.
-            branch.leaf = value
+            guard branch.leaf == nil else { throw mixed(path) }
+            if level > 0, isPlace(name) { branch.hasPlaces = true }
+            branch = branch.member(String(name))
         }
-
-        private func mixed(_ path: String) -> BlockError {
-            BlockError(
-                .invalidArgument,
-                "option '\(path)' and those nested in one of its parts exclude each other")
-        }
-
-        private func member(_ key: String) -> Branch {
-            if let place = index[key] { return members[place].branch }
-            let branch = Branch()
-            index[key] = members.count
-            members.append((key, branch))
-            return branch
-        }
-
-        func value(path: String) throws(BlockError) -> JSONValue {
-            if let leaf { return .string(leaf) }
-            let places = members.filter { KeyValue.isPlace($0.key) }
-            guard places.isEmpty || path.isEmpty else { return try list(path: path) }
-            var object = JSONObject()
-            for (key, branch) in members {
-                object[key] = try branch.value(path: path.isEmpty ? key : "\(path).\(key)")
-            }
-            return .object(object)
-        }
-
-        private func list(path: String) throws(BlockError) -> JSONValue {
-            var values: [JSONValue] = []
-            for place in 0..<members.count {
-                guard let found = index[String(place)] else {
-                    throw BlockError(
-                        .invalidArgument, "the list '\(path)' has no place \(place)",
-                        remedy: "number places from 0 without gaps, and name nothing beside them")
-                }
-                values.append(try members[found].branch.value(path: "\(path).\(place)"))
-            }
-            return .array(values)
-        }
+        guard !branch.hasMembers else { throw mixed(path) }
+        // The last one counts, as everywhere on command lines.
+        branch.leaf = .string(value)
     }
 
-    private static func isPlace(_ name: String) -> Bool {
+    private static func mixed(_ path: String) -> BlockError {
+        BlockError(
+            .invalidArgument,
+            "option '\(path)' and those nested in one of its parts exclude each other")
+    }
+
+    private static func isPlace(_ name: Substring) -> Bool {
         name.utf8.first.map { $0 >= 0x30 && $0 <= 0x39 } ?? false
     }
 
