@@ -168,9 +168,8 @@ public struct ImageConvert: Sendable {
 
     /// Converts.
     ///
-    /// - Parameters:
-    ///   - unfinished: has the file that is to be removed when a signal ends the work.
-    /// - Throws: with a target that was being made removed.
+    /// - Parameter unfinished: has the file that is to be removed when a signal ends the work.
+    /// - Throws: once a target that was being made is removed.
     public func run(
         in session: ToolSession, progress: Progress, unfinished: UnfinishedFile
     ) async throws(BlockError) {
@@ -364,7 +363,7 @@ extension ToolSession {
         let guardian = try await holdOldTarget(target)
         let path = try unfinished.begin(target, besides: sources)
         guard unfinished.isInPlace, let guardian else { return (path, guardian) }
-        // Whoever makes the image takes the locks himself.
+        // Making the image takes the locks itself.
         try await graph.detach(guardian)
         return (path, nil)
     }

@@ -11,8 +11,8 @@ import Darwin
 
 /// `rebase`: gives an image another backing image.
 ///
-/// The safe way, the default, keeps the image's contents: what the old and the new backing image have
-/// differently, and the image has not itself, is copied into it, made durable, and then the name changes.
+/// The safe way, the default, keeps the image's contents: where it has no data of its own and the two
+/// backing images differ, the old one's data is copied into it and made durable; then the name changes.
 /// The unsafe way changes the name alone.
 public struct ImageRebase: Sendable {
     public var source: ImageSource

@@ -16,9 +16,9 @@ import Darwin
 /// The image is written to `NAME.merino-partial` beside the target and takes the target's name, replacing an
 /// image of that name, when all of it is there. A failure or a signal removes it; after SIGKILL or a
 /// power failure the name says what it is, and the next conversion to the same target removes it.
-/// Targets that a name cannot stand in for are written in place: devices, files with several
-/// names, mount points, folders where no file can be made or somebody else's not be replaced. Of these, regular files are cut to nothing on failure, if
-/// the work had begun to change them.
+/// Targets that a name cannot stand in for are written in place: devices, files with several names, mount
+/// points, and files in folders where none can be made or somebody else's not be replaced. Of these,
+/// regular files are cut to nothing on failure, if the work had begun to change them.
 ///
 /// Invariants:
 /// 1. What is written, renamed or removed on failure is a file that this object made.

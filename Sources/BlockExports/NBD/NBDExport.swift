@@ -55,9 +55,11 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
 
     /// Takes a node for export.
     ///
-    /// - Parameter writeThrough: every write is on stable storage before it is replied to.
-    /// - Throws: `readOnly` or `permissionDenied` when the node cannot be used so, and what speaks
-    ///   against one of the bitmaps, which are loaded: see ``checkBitmaps(_:of:writable:)``.
+    /// - Parameters:
+    ///   - bitmaps: loaded ones.
+    ///   - writeThrough: every write is on stable storage before it is replied to.
+    /// - Throws: `readOnly` or `permissionDenied` when the node cannot be used so; also for a bitmap that is
+    ///   busy, inconsistent or of another size, or that records what a read-only export is to tell.
     public init(
         name: String, description: String = "", node: BlockNode, writable: Bool,
         allocationDepth: Bool = false, bitmaps: [Bitmap] = [], isFixed: Bool = false,

@@ -24,7 +24,7 @@ final class ExtentCursor: @unchecked Sendable {
     private var known: (kind: CopyKind, range: ByteRange)?
     /// One worker walks at a time.
     private let walk = WalkLock()
-    /// Takes what status says; an error that it returns for is answered by `.data`.
+    /// Bytes of which status says nothing but an error are taken for data.
     private let salvages: Bool
 
     init(

@@ -54,7 +54,7 @@ public final class Exerciser: @unchecked Sendable {
         source = standard
     }
 
-    /// Of zoned devices, which newer exercisers know.
+    /// Commands of newer exercisers, for zoned devices: told apart from what nobody knows.
     private static let zoneCommands: Set<String> = [
         "zone_report", "zone_open", "zone_close", "zone_finish", "zone_reset", "zone_append", "zrp",
         "zo", "zc", "zf", "zrs", "zap",
@@ -85,7 +85,7 @@ public final class Exerciser: @unchecked Sendable {
         return !hasFailed
     }
 
-    /// What errors about a line as a whole send to: by it they are known.
+    /// The remedy of errors about a line as a whole; ``tell(_:)`` knows them by it.
     private static let listRemedy = "'help' lists the commands"
 
     /// Scripts look for what is wrong with a line where the original says it: among the results, or, of the

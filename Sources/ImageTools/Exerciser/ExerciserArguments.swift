@@ -46,7 +46,7 @@ struct ExerciserArguments {
         }
     }
 
-    /// What every error of misuse sends to: by it they are known.
+    /// The remedy of all errors of misuse, which are known by it.
     static let remedy = "'help COMMAND' tells what a command takes"
 
     /// A line that makes no sense, in the words that scripts know.

@@ -2,7 +2,7 @@ import BlockCore
 
 /// The exerciser's result lines, laid out as scripts read them.
 enum ExerciserReport {
-    /// `value` with `places` decimals: of those with so many the nearest, and the even one of two that are as near.
+    /// `value` rounded to `places` decimals; halfway between two, to the even one.
     static func fixed(_ value: Double, _ places: Int) -> String {
         var scale = 1.0
         for _ in 0..<places { scale *= 10 }
