@@ -58,7 +58,9 @@ public final class File: @unchecked Sendable {
         self.path = path
         self.isDirect = isDirect
         self.immediateWrites = immediateWrites
-        longWrites = isRegular && !isDirect && thread.engine.offloadsWork ? WorkLane() : nil
+        longWrites =
+            isRegular && !isDirect && thread.engine.offloadsWork
+            ? WorkLane(pool: thread.workers) : nil
     }
 
     /// Opens `path` for use on `thread`, which the caller is on.

@@ -84,9 +84,11 @@ public protocol IOEngine: AnyObject {
     ///   0 does not wait; `nil` waits for as long as it takes.
     func poll(deadline: UInt64?, complete: (IOToken, Int) -> Void)
 
-    /// How long to look for completions before sleeping, at most; 0 sleeps at once. An engine that never
-    /// looks has nothing to set.
-    func setPolling(nanosecondsMax: UInt64)
+    /// Goes on as `tuning` says, where that means something to the engine.
+    func tune(_ tuning: EngineTuning)
+
+    /// Has what it leaves to other threads done by those of `pool` from now on.
+    func useWorkers(of pool: WorkerPool)
 
     /// Ends a wait in ``poll(deadline:complete:)``, the current or the next one. From any thread.
     func wake()
@@ -114,7 +116,8 @@ extension IOEngine {
     public func submitAside(_ operation: IOOperation, _ token: IOToken) {
         submit(operation, token)
     }
-    public func setPolling(nanosecondsMax: UInt64) {}
+    public func tune(_ tuning: EngineTuning) {}
+    public func useWorkers(of pool: WorkerPool) {}
     public func readNow(_ handle: IOHandle, _ vector: IOVector, offset: Int) -> Int? { nil }
     public func writeNow(
         _ handle: IOHandle, _ vector: IOVector, offset: Int, mayWait: Bool

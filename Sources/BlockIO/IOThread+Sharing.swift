@@ -33,7 +33,7 @@ extension IOThread {
         await withUnsafeContinuation { (continuation: UnsafeContinuation<Void, Never>) in
             pieces.workers.store(workerCount, ordering: .relaxed)
             for _ in 0..<workerCount {
-                WorkerPool.shared.submit {
+                workers.submit {
                     work { pieces.next() }
                     if pieces.isLastToLeave { continuation.resume() }
                 }

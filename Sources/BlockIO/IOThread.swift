@@ -237,7 +237,7 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
     public func offload<T: Sendable>(_ work: @escaping @Sendable () -> T) async -> T {
         if !engine.offloadsWork { return work() }
         return await withUnsafeContinuation { continuation in
-            WorkerPool.shared.submit { continuation.resume(returning: work()) }
+            workers.submit { continuation.resume(returning: work()) }
         }
     }
 
@@ -254,10 +254,14 @@ public final class IOThread: TaskExecutor, @unchecked Sendable {
         }.get()
     }
 
-    /// How long an engine that polls looks for completions at most before the thread sleeps, in
-    /// nanoseconds; 0 has it sleep at once. On the thread only.
-    public func setPolling(nanosecondsMax: UInt64) {
-        engine.setPolling(nanosecondsMax: nanosecondsMax)
+    /// What its engine goes by. On the thread only.
+    public var tuning = EngineTuning() {
+        didSet { engine.tune(tuning) }
+    }
+
+    /// Who does what would stall it. On the thread only.
+    public var workers = WorkerPool.shared {
+        didSet { engine.useWorkers(of: workers) }
     }
 
     /// Calls `hook` once at the end of this turn. On the thread only.

@@ -16,19 +16,45 @@ import Darwin
 public final class WorkerPool: Sendable {
     /// The pool of the process.
     public static let shared = WorkerPool(threadCountMax: 64)
+    /// No pool has more threads, whatever it is told.
+    public static let threadCountLimit = 1024
 
     private struct State {
         var queue: [@Sendable () -> Void] = []
         var head = 0
         var threadCount = 0
         var idleCount = 0
+        /// Threads that do not end in idleness.
+        var threadCountMin = 0
+        var threadCountMax: Int
     }
 
-    private let threadCountMax: Int
-    private let monitor = Monitor<State>(State())
+    private enum Step {
+        case work(@Sendable () -> Void)
+        case leave
+    }
+
+    private let monitor: Monitor<State>
 
     public init(threadCountMax: Int) {
-        self.threadCountMax = threadCountMax
+        monitor = Monitor(State(threadCountMax: threadCountMax))
+    }
+
+    /// Threads that there are.
+    public var threadCount: Int { monitor.withLock { $0.threadCount } }
+
+    /// Has at least `least` threads, at once and also when there is nothing to do, and at most `most`, 1 or
+    /// more: those beyond end when they have done what they are doing.
+    public func setThreadCounts(least: Int, most: Int) {
+        let missing = monitor.withLock { state in
+            state.threadCountMax = min(max(most, 1), Self.threadCountLimit)
+            state.threadCountMin = min(max(least, 0), state.threadCountMax)
+            let missing = max(0, state.threadCountMin - state.threadCount)
+            state.threadCount += missing
+            return missing
+        }
+        for _ in 0..<missing { startThread() }
+        monitor.signal()
     }
 
     /// Runs `work` on a worker thread, after what was submitted before began.
@@ -36,16 +62,17 @@ public final class WorkerPool: Sendable {
         let needsThread = monitor.withLock { state in
             state.queue.append(work)
             let waiting = state.queue.count - state.head
-            guard waiting > state.idleCount, state.threadCount < threadCountMax else {
+            guard waiting > state.idleCount, state.threadCount < state.threadCountMax else {
                 return false
             }
             state.threadCount += 1
             return true
         }
-        guard needsThread else {
-            monitor.signal()
-            return
-        }
+        if needsThread { startThread() } else { monitor.signal() }
+    }
+
+    /// Starts one that is counted already.
+    private func startThread() {
         do throws(BlockError) {
             try ThreadBody { self.work() }.start(name: "merino-worker")
         } catch {
@@ -63,30 +90,51 @@ public final class WorkerPool: Sendable {
     }
 
     private func work() {
+        while let work = nextWork() { work() }
+        // It may have been woken for something that another one is to do.
+        if monitor.withLock({ $0.head < $0.queue.count }) { monitor.signal() }
+    }
+
+    /// - Returns: `nil` when the thread is to end; it does not count any more then.
+    private func nextWork() -> (@Sendable () -> Void)? {
         while true {
             var isIdle = false
-            let work: (@Sendable () -> Void)? = monitor.wait(seconds: 5) { state in
-                if let work = Self.next(&state) {
+            let step: Step? = monitor.wait(seconds: 5) { state in
+                if let step = Self.step(&state, ends: false) {
                     if isIdle { state.idleCount -= 1 }
-                    return work
+                    return step
                 }
                 if !isIdle { state.idleCount += 1 }
                 isIdle = true
                 return nil
             }
-            guard let work else { break }
-            work()
+            // Something may have come between the wait's end and here: it is not to be left behind.
+            let settled =
+                step
+                ?? monitor.withLock { state in
+                    state.idleCount -= 1
+                    return Self.step(&state, ends: true)
+                }
+            switch settled {
+            case .work(let work): return work
+            case .leave: return nil
+            case nil: continue
+            }
         }
-        // Something may have come between the wait's end and here: it is not to be left behind.
-        let last: (@Sendable () -> Void)? = monitor.withLock { state in
-            state.idleCount -= 1
-            let work = Self.next(&state)
-            if work == nil { state.threadCount -= 1 }
-            return work
+    }
+
+    /// What a thread does next; `nil` to wait.
+    ///
+    /// - Parameter ends: it has waited for long enough.
+    private static func step(_ state: inout State, ends: Bool) -> Step? {
+        if state.threadCount > state.threadCountMax {
+            state.threadCount -= 1
+            return .leave
         }
-        guard let last else { return }
-        last()
-        self.work()
+        if let work = next(&state) { return .work(work) }
+        guard ends, state.threadCount > state.threadCountMin else { return nil }
+        state.threadCount -= 1
+        return .leave
     }
 
     private static func next(_ state: inout State) -> (@Sendable () -> Void)? {

@@ -153,7 +153,7 @@ public final class StorageDaemon: @unchecked Sendable {
                 failure = failure ?? error
             }
         }
-        for thread in ioThreads { thread.thread.retire() }
+        for thread in ioThreads { thread.retire() }
         if let failure { throw failure }
     }
 }

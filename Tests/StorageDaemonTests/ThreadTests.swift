@@ -1,4 +1,5 @@
 import BlockCore
+import BlockIO
 import BlockTesting
 import Foundation
 import QMP
@@ -69,6 +70,48 @@ import Testing
                     "object-add", ["qom-type": "iothread", "id": "c", "poll-grow": -1]
                 ).contains("'poll-grow'"))
             while FileManager.default.fileExists(atPath: path) { usleep(1000) }
+        }
+    }
+
+    @Test func theWorkersOfAThreadAreAsManyAsItsPropertiesSay() async throws {
+        try await TestDaemon.run { test throws(BlockError) in
+            let daemon = test.daemon
+            func refusal(_ command: String, _ arguments: JSONValue) async -> String {
+                do throws(BlockError) {
+                    _ = try await daemon.execute(command, arguments)
+                    return ""
+                } catch { return error.description }
+            }
+            let crossed = await refusal(
+                "object-add",
+                [
+                    "qom-type": "iothread", "id": "a", "thread-pool-min": 3,
+                    "thread-pool-max": 2,
+                ])
+            #expect(crossed.contains("'thread-pool-min' must not be above"), "\(crossed)")
+            _ = try await daemon.execute(
+                "object-add",
+                [
+                    "qom-type": "iothread", "id": "a", "thread-pool-min": 3,
+                    "thread-pool-max": 100, "poll-grow": 4, "poll-shrink": 2, "aio-max-batch": 8,
+                ])
+            let made = try daemon.requireThread("a")
+            #expect(made.workers.threadCount == 3)
+            let tuning = try await made.thread.visit { () throws(BlockError) in
+                #expect(made.thread.workers === made.workers)
+                return made.thread.tuning
+            }
+            #expect(tuning.pollGrowth == 4 && tuning.pollShrinkage == 2)
+            #expect(tuning.batchCountMax == 8 && tuning.pollNanosecondsMax == 32768)
+            func set(_ name: String, _ number: Int) -> JSONValue {
+                ["path": "/objects/a", "property": .string(name), "value": .integer(number)]
+            }
+            let below = await refusal("qom-set", set("thread-pool-max", 2))
+            #expect(below.contains("'thread-pool-min' must not be above"), "\(below)")
+            _ = try await daemon.execute("qom-set", set("thread-pool-min", 5))
+            #expect(made.workers.threadCount == 5)
+            _ = try await daemon.execute("qom-set", set("thread-pool-min", 0))
+            _ = try await daemon.execute("object-del", ["id": "a"])
         }
     }
 

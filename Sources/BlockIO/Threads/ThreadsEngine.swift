@@ -77,6 +77,7 @@ final class ThreadsEngine: IOEngine {
     private var finished: [(IOToken, Int)] = []
     private var pollSet: [pollfd] = []
     private let host = HostSystem()
+    private var workers = WorkerPool.shared
 
     let name = "threads"
     let offloadsWork = true
@@ -91,17 +92,21 @@ final class ThreadsEngine: IOEngine {
         mail.post(nil, 0)
     }
 
+    func useWorkers(of pool: WorkerPool) {
+        workers = pool
+    }
+
     // MARK: Submitting
 
     func submit(_ operation: IOOperation, _ token: IOToken) {
         let mail = mail
         switch operation {
         case .read(let handle, let vector, let offset):
-            WorkerPool.shared.submit {
+            workers.submit {
                 mail.post(token, HostCalls.read(handle, vector, offset: offset))
             }
         case .write(let handle, let vector, let offset, let durable):
-            WorkerPool.shared.submit {
+            workers.submit {
                 mail.post(
                     token,
                     durable
@@ -109,11 +114,11 @@ final class ThreadsEngine: IOEngine {
                         : HostCalls.write(handle, vector, offset: offset))
             }
         case .synchronize(let handle, let dataOnly):
-            WorkerPool.shared.submit {
+            workers.submit {
                 mail.post(token, HostCalls.synchronize(handle, dataOnly: dataOnly))
             }
         case .allocate(let handle, let mode, let range):
-            WorkerPool.shared.submit {
+            workers.submit {
                 mail.post(token, HostCalls.allocate(handle, mode, range))
             }
         case .connect(let handle, let address):

@@ -39,6 +39,8 @@ final class URingEngine: IOEngine {
     private var batchCount = 0
     private var batchCountMean = 0
     private var waitCount: UInt32 = 0
+    /// Entries that gather in the ring; 0 for as many as there is room for.
+    private var batchCountMax: UInt32 = 0
     private let host = HostSystem()
 
     let name = "io_uring"
@@ -102,6 +104,13 @@ final class URingEngine: IOEngine {
         }
         let entry = nextEntry()
         prepare(entry, operation, token)
+        submitFullBatch()
+    }
+
+    /// The entries of an operation are complete.
+    private func submitFullBatch() {
+        guard batchCountMax > 0, io_uring_sq_ready(ring) >= batchCountMax else { return }
+        io_uring_submit(ring)
     }
 
     func submitAside(_ operation: IOOperation, _ token: IOToken) {
@@ -109,6 +118,7 @@ final class URingEngine: IOEngine {
         prepare(entry, operation, token)
         // Else the kernel would try it on this thread, within the submission.
         io_uring_sqe_set_flags(entry, UInt32(1 << IOSQE_ASYNC_BIT))
+        submitFullBatch()
     }
 
     private func prepare(
@@ -302,8 +312,9 @@ final class URingEngine: IOEngine {
         }
     }
 
-    func setPolling(nanosecondsMax: UInt64) {
-        pollWindow = PollWindow(nanosecondsMax: nanosecondsMax)
+    func tune(_ tuning: EngineTuning) {
+        pollWindow = PollWindow(tuning)
+        batchCountMax = UInt32(clamping: tuning.batchCountMax)
     }
 
     // MARK: Waking
@@ -351,24 +362,29 @@ final class URingEngine: IOEngine {
 /// Sleeping and being woken costs tens of microseconds; a peer that answers at once is worth a short
 /// wait on the processor, one that stays away is not.
 struct PollWindow {
-    /// Of threads that nobody said anything else for.
-    static let nanosecondsMaxDefault: UInt64 = 50_000
+    /// What it begins with when a poll would have been better.
+    private static let nanosecondsMin: UInt64 = 8_000
     private let nanosecondsMax: UInt64
+    private let growth: UInt64
+    private let shrinkage: UInt64
     private(set) var nanoseconds: UInt64 = 0
     private var misses = 0
 
-    init(nanosecondsMax: UInt64 = Self.nanosecondsMaxDefault) {
-        self.nanosecondsMax = nanosecondsMax
+    init(_ tuning: EngineTuning = EngineTuning()) {
+        nanosecondsMax = tuning.pollNanosecondsMax
+        growth = tuning.pollGrowth == 0 ? 2 : tuning.pollGrowth
+        shrinkage = tuning.pollShrinkage
     }
 
     /// A sleep lasted this long: would a poll have been better?
     mutating func slept(nanoseconds slept: UInt64) {
         if slept <= nanosecondsMax {
             misses = 0
-            nanoseconds = min(max(nanoseconds * 2, 8_000), nanosecondsMax)
+            let grown = nanoseconds.multiplied(by: growth) ?? .max
+            nanoseconds = min(max(grown, Self.nanosecondsMin), nanosecondsMax)
         } else {
             misses += 1
-            if misses >= 2 { nanoseconds = 0 }
+            if misses >= 2 { nanoseconds = shrinkage == 0 ? 0 : nanoseconds / shrinkage }
         }
     }
 

@@ -128,7 +128,7 @@ extension StorageDaemon {
                     .invalidArgument, "property '\(name)' expects a number, 0 or above")
             }
             if case .thread(let thread)? = objects[identifier] {
-                try await thread.set(name, to: number)
+                try await thread.set([(name, number)])
             }
         case .authorizationList:
             let list = try AuthorizationList(OptionReader(.object(object.values), of: path))

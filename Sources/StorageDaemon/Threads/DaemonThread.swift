@@ -2,33 +2,84 @@ import BlockCore
 import BlockGraph
 import BlockIO
 import QMP
+import Synchronization
 
-/// An `iothread` object: a thread with an engine and a graph of its own, for nodes to move to.
+/// An `iothread` object: a thread with an engine, a graph and worker threads of its own, for nodes to move to.
 ///
-/// Of its properties `poll-max-ns` is put into force: how long the engine looks for completions before the
-/// thread sleeps. The time doubles while looking pays and goes back to nothing when it does not, which is
-/// what `poll-grow` and `poll-shrink` mean by 0; other values of them, `aio-max-batch` (a turn of the loop
-/// submits all that came) and `thread-pool-min` and `-max` (all threads share one pool) are kept and told,
-/// and change nothing.
+/// Its properties are put into force as they are made, and as `qom-set` changes them:
+///
+///     poll-max-ns        how long the engine looks for completions before the thread sleeps
+///     poll-grow          the factor by which that time grows while more of it would pay; 0: 2
+///     poll-shrink        what it is divided by when it does not pay; 0: it ends at once
+///     aio-max-batch      operations that gather before the system gets them; 0: a turn's
+///     thread-pool-min    worker threads that are there although there is nothing to do
+///     thread-pool-max    worker threads at most
 final class DaemonThread: Sendable {
     let identifier: String
     let thread: IOThread
     let graph: BlockGraph
+    let workers: WorkerPool
+    private let workerCounts = Mutex(WorkerCounts())
+
+    private struct WorkerCounts {
+        var least = 0
+        var most = 64
+    }
 
     init(_ identifier: String, besides graph: BlockGraph) throws(BlockError) {
         self.identifier = identifier
         // What system tools show has 15 bytes.
         thread = try IOThread(name: "IO \(identifier)")
         self.graph = BlockGraph(on: thread, besides: graph)
+        workers = WorkerPool(threadCountMax: WorkerCounts().most)
     }
 
-    /// Puts a property into force.
-    func set(_ name: String, to number: Int) async throws(BlockError) {
-        guard name == "poll-max-ns" else { return }
-        let thread = thread
-        try await thread.visit { () throws(BlockError) in
-            thread.setPolling(nanosecondsMax: UInt64(clamping: number))
+    /// Puts properties into force.
+    ///
+    /// - Throws: `invalidArgument`, with nothing changed, for worker threads that cannot be.
+    func set(_ properties: [(name: String, number: Int)]) async throws(BlockError) {
+        var counts = workerCounts.withLock { $0 }
+        for property in properties {
+            switch property.name {
+            case "thread-pool-min": counts.least = property.number
+            case "thread-pool-max": counts.most = property.number
+            default: break
+            }
         }
+        guard counts.least <= counts.most, counts.most > 0 else {
+            throw BlockError(
+                .invalidArgument, "'thread-pool-min' must not be above 'thread-pool-max'",
+                remedy: "give a maximum of 1 or more, and a minimum up to that")
+        }
+        workerCounts.withLock { $0 = counts }
+        workers.setThreadCounts(least: counts.least, most: counts.most)
+        let (thread, workers) = (thread, workers)
+        try await thread.visit { () throws(BlockError) in
+            thread.workers = workers
+            thread.tuning = Self.tuning(thread.tuning, with: properties)
+        }
+    }
+
+    private static func tuning(
+        _ old: EngineTuning, with properties: [(name: String, number: Int)]
+    ) -> EngineTuning {
+        var tuning = old
+        for (name, number) in properties {
+            switch name {
+            case "poll-max-ns": tuning.pollNanosecondsMax = UInt64(clamping: number)
+            case "poll-grow": tuning.pollGrowth = UInt64(clamping: number)
+            case "poll-shrink": tuning.pollShrinkage = UInt64(clamping: number)
+            case "aio-max-batch": tuning.batchCountMax = number
+            default: break
+            }
+        }
+        return tuning
+    }
+
+    /// Ends the thread, which no node is on, and its workers.
+    func retire() {
+        workers.setThreadCounts(least: 0, most: workerCounts.withLock { $0.most })
+        thread.retire()
     }
 }
 
@@ -47,18 +98,17 @@ extension StorageDaemon {
             }
             values.append((property.name, number))
         }
-        func value(_ name: String) -> Int { values.first { $0.name == name }?.number ?? 0 }
-        guard value("thread-pool-min") <= value("thread-pool-max"), value("thread-pool-max") > 0
-        else {
-            throw BlockError(
-                .invalidArgument,
-                "\(reader.subject): 'thread-pool-min' must not be above 'thread-pool-max'")
-        }
         let identifier = try reader.required("id")
         try reader.finish()
         let made = try DaemonThread(identifier, besides: graph)
-        for (name, number) in values { try await made.set(name, to: number) }
         let graph = made.graph
+        do throws(BlockError) {
+            try await made.set(values)
+        } catch {
+            made.retire()
+            throw BlockError(
+                error.code, "\(reader.subject): \(error.message)", remedy: error.remedy)
+        }
         try await graph.thread.visit { () throws(BlockError) in watch(graph) }
         return made
     }
@@ -75,7 +125,7 @@ extension StorageDaemon {
                 "iothread '\(thread.identifier)' has nodes: \(names.joined(separator: ", "))",
                 remedy: "delete them, or move them with x-blockdev-set-iothread")
         }
-        thread.thread.retire()
+        thread.retire()
     }
 
     /// In the order of their identifiers.
