@@ -99,10 +99,10 @@ let package = Package(
             ],
             swiftSettings: settings),
 
-        tests("BlockCore"),
+        tests("BlockCore", ["BlockTesting"]),
         tests("QMP", ["BlockTesting"]),
         tests("BlockIO", ["CBlockTesting"]),
-        tests("NBDProtocol"),
+        tests("NBDProtocol", ["BlockTesting"]),
         tests("BlockGraph", ["BlockTesting"]),
         tests("BlockProtocols", ["BlockTesting"]),
         tests("BlockFilters", ["BlockProtocols", "BlockFormats", "BlockTesting"]),

@@ -1,19 +1,8 @@
 import BlockCore
+import BlockTesting
 import Testing
 
 @Suite struct ClusterBitmapTests {
-    /// Small generator, so that a failure names its seed.
-    private struct Generator: RandomNumberGenerator {
-        var state: UInt64
-        mutating func next() -> UInt64 {
-            state &+= 0x9e37_79b9_7f4a_7c15
-            var value = state
-            value = (value ^ (value >> 30)) &* 0xbf58_476d_1ce4_e5b9
-            value = (value ^ (value >> 27)) &* 0x94d0_49bb_1331_11eb
-            return value ^ (value >> 31)
-        }
-    }
-
     @Test(arguments: [0, 1, 63, 64, 65, 4095, 4096, 4097, 300_000])
     func allSetAndAllClear(count: Int) {
         var bitmap = ClusterBitmap(count: count, repeating: true)
@@ -39,7 +28,7 @@ import Testing
     }
 
     @Test(arguments: 1...20) func agreesWithAListOfBits(seed: UInt64) {
-        var generator = Generator(state: seed)
+        var generator = SeededRandom(seed: seed)
         let count = Int.random(in: 1...100_000, using: &generator)
         // Short ones change words, long ones whole pieces.
         let most = seed % 2 == 0 ? 500 : 50_000
@@ -86,7 +75,7 @@ import Testing
 
     // MARK: Sizes, unions and bytes
 
-    private static func random(_ count: Int, _ generator: inout Generator) -> [Bool] {
+    private static func random(_ count: Int, _ generator: inout SeededRandom) -> [Bool] {
         (0..<count).map { _ in Int.random(in: 0..<9, using: &generator) == 0 }
     }
 
@@ -111,7 +100,7 @@ import Testing
     }
 
     @Test(arguments: 1...20) func bitsThatAppearAreClear(seed: UInt64) {
-        var generator = Generator(state: seed)
+        var generator = SeededRandom(seed: seed)
         var list = Self.random(Int.random(in: 0...90_000, using: &generator), &generator)
         var bitmap = Self.bitmap(list)
         for _ in 0..<10 {
@@ -123,7 +112,7 @@ import Testing
     }
 
     @Test(arguments: 1...20) func aUnionHasTheBitsOfBoth(seed: UInt64) {
-        var generator = Generator(state: seed)
+        var generator = SeededRandom(seed: seed)
         let count = Int.random(in: 1...90_000, using: &generator)
         let lists = (0..<2).map { _ in Self.random(count, &generator) }
         var union = Self.bitmap(lists[0])
@@ -133,7 +122,7 @@ import Testing
     }
 
     @Test(arguments: 1...20) func bytesGoOutAndComeBack(seed: UInt64) {
-        var generator = Generator(state: seed)
+        var generator = SeededRandom(seed: seed)
         let count = Int.random(in: 1...40_000, using: &generator)
         let list = Self.random(count, &generator)
         let bitmap = Self.bitmap(list)

@@ -1,20 +1,10 @@
 import BlockCore
 import BlockGraph
+import BlockTesting
 import Testing
 
 /// Dirty bitmaps against a plain list of units.
 @Suite struct DirtyBitmapModelTests {
-    private struct Generator: RandomNumberGenerator {
-        var state: UInt64
-        mutating func next() -> UInt64 {
-            state &+= 0x9e37_79b9_7f4a_7c15
-            var value = state
-            value = (value ^ (value >> 30)) &* 0xbf58_476d_1ce4_e5b9
-            value = (value ^ (value >> 27)) &* 0x94d0_49bb_1331_11eb
-            return value ^ (value >> 31)
-        }
-    }
-
     /// What a bitmap should hold.
     private struct Model {
         let granularity: Int
@@ -74,7 +64,7 @@ import Testing
     }
 
     @Test(arguments: 1...40) func agreesWithAListOfUnits(seed: UInt64) throws {
-        var generator = Generator(state: seed)
+        var generator = SeededRandom(seed: seed)
         let granularity = 512 << Int.random(in: 0...5, using: &generator)
         let sizeMax = granularity * 500
         let size = Int.random(in: 1...sizeMax, using: &generator)
@@ -93,13 +83,13 @@ import Testing
         #expect(bitmap.dirtyBytes == model.units.count { $0 } * granularity, "seed \(seed)")
     }
 
-    private func range(_ size: Int, _ generator: inout Generator) -> ByteRange {
+    private func range(_ size: Int, _ generator: inout SeededRandom) -> ByteRange {
         let offset = Int.random(in: 0...size + 1000, using: &generator)
         return ByteRange(offset, Int.random(in: 0...size / 4 + 2, using: &generator))
     }
 
     private func change(
-        _ bitmap: DirtyBitmap, _ model: inout Model, _ sizeMax: Int, _ generator: inout Generator
+        _ bitmap: DirtyBitmap, _ model: inout Model, _ sizeMax: Int, _ generator: inout SeededRandom
     ) throws {
         let range = range(model.size, &generator)
         switch Int.random(in: 0..<12, using: &generator) {
@@ -145,7 +135,7 @@ import Testing
 
     /// One question of each kind; whether all answers are right.
     private func question(
-        _ bitmap: DirtyBitmap, _ model: Model, _ generator: inout Generator
+        _ bitmap: DirtyBitmap, _ model: Model, _ generator: inout SeededRandom
     ) -> Bool {
         let asked = range(model.size, &generator)
         let touched = model.touched(asked)

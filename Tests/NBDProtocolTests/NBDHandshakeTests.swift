@@ -1,4 +1,5 @@
 import BlockCore
+import BlockTesting
 import Testing
 
 @testable import NBDProtocol
@@ -325,7 +326,7 @@ import Testing
 
     @Test func everyPrefixFollowedByGarbageNeverTransmits() {
         let conversation = NBDHandshakeTests.conversation
-        var random = Seeded(seed: 11)
+        var random = SeededRandom(seed: 11)
         // The last two bytes are an information type, where anything is legal.
         for split in 0..<(conversation.count - 2) {
             var run = HandshakeRun()
@@ -338,7 +339,7 @@ import Testing
 
     @Test func garbageInPlaceOfAnyByteNeverTraps() {
         let seed = UInt64.random(in: 0...UInt64.max)
-        var random = Seeded(seed: seed)
+        var random = SeededRandom(seed: seed)
         for _ in 0..<3_000 {
             var bytes = NBDHandshakeTests.conversation
             for _ in 0..<(1 + random.next() % 4) {
@@ -355,20 +356,5 @@ import Testing
         var run = HandshakeRun()
         run.feed(Bytes.flags() + Bytes.option(.go, Bytes.info("disk")) + [1, 2, 3])
         #expect(run.handshake.takeRemainder() == [1, 2, 3])
-    }
-}
-
-/// A small seeded generator (SplitMix64).
-struct Seeded: RandomNumberGenerator {
-    private var state: UInt64
-
-    init(seed: UInt64) { state = seed }
-
-    mutating func next() -> UInt64 {
-        state &+= 0x9e37_79b9_7f4a_7c15
-        var value = state
-        value = (value ^ (value >> 30)) &* 0xbf58_476d_1ce4_e5b9
-        value = (value ^ (value >> 27)) &* 0x94d0_49bb_1331_11eb
-        return value ^ (value >> 31)
     }
 }

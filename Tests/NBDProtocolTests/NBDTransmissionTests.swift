@@ -1,4 +1,5 @@
 import BlockCore
+import BlockTesting
 import Testing
 
 @testable import NBDProtocol
@@ -219,7 +220,7 @@ import Testing
 
     @Test func randomHeadersNeverTrap() {
         let seed = UInt64.random(in: 0...UInt64.max)
-        var random = Seeded(seed: seed)
+        var random = SeededRandom(seed: seed)
         let edges: [UInt64] = [0, 1, 511, 1 << 30, UInt64(Int.max), UInt64(Int.max) + 1, .max]
         for _ in 0..<20_000 {
             let mode = NBDReplyMode(rawValue: UInt8(random.next() % 3)) ?? .simple
