@@ -2,6 +2,7 @@ import BlockCore
 import BlockFilters
 import BlockGraph
 import BlockIO
+import BlockTesting
 import QMP
 import Testing
 
@@ -36,15 +37,11 @@ import Testing
     }
 
     static func read(_ edge: Edge, _ range: ByteRange) async throws(BlockError) -> Set<UInt8> {
-        let data = try IOVector(allocating: range.count)
-        try await edge.read(range.offset, into: data)
-        return Set(data.array)
+        Set(try await edge.contents(of: range))
     }
 
     static func write(_ edge: Edge, _ range: ByteRange) async throws(BlockError) {
-        let data = try IOVector(allocating: range.count)
-        data.fill(0xbb)
-        try await edge.write(range.offset, from: data)
+        try await edge.fill(range, with: 0xbb)
     }
 
     @Test func dirtyClustersKeepTheirOldData() async throws {

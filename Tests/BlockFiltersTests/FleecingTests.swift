@@ -52,15 +52,11 @@ final class FleecingGraph: @unchecked Sendable {
     }
 
     func write(_ offset: Int, _ count: Int, _ value: UInt8) async throws(BlockError) {
-        let data = try IOVector(allocating: count)
-        data.fill(value)
-        try await guest.write(offset, from: data)
+        try await guest.fill(ByteRange(offset, count), with: value)
     }
 
     func read(_ edge: Edge, _ offset: Int, _ count: Int) async throws(BlockError) -> Set<UInt8> {
-        let data = try IOVector(allocating: count)
-        try await edge.read(offset, into: data)
-        return Set(data.array)
+        Set(try await edge.contents(of: ByteRange(offset, count)))
     }
 }
 

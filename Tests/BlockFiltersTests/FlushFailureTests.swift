@@ -42,9 +42,7 @@ import Testing
     }
 
     private static func durableWrite(_ edge: Edge) async throws(BlockError) {
-        let data = try IOVector(allocating: 4096)
-        data.fill(7)
-        try await edge.write(65536, from: data, .fua)
+        try await edge.fill(ByteRange(65536, 4096), with: 7, .fua)
     }
 
     @Test(arguments: ["raw", "qcow2"]) func aLossIsToldByFlushesDurableWritesAndTheEnd(

@@ -77,16 +77,12 @@ final class SimulatedGraph: @unchecked Sendable {
     }
 
     func write(_ edge: Edge, _ offset: Int, _ count: Int, _ value: UInt8) async throws(BlockError) {
-        let data = try IOVector(allocating: count)
-        data.fill(value)
-        try await edge.write(offset, from: data)
+        try await edge.fill(ByteRange(offset, count), with: value)
     }
 
     /// The values among the bytes.
     func read(_ edge: Edge, _ offset: Int, _ count: Int) async throws(BlockError) -> Set<UInt8> {
-        let data = try IOVector(allocating: count)
-        try await edge.read(offset, into: data)
-        return Set(data.array)
+        Set(try await edge.contents(of: ByteRange(offset, count)))
     }
 
     typealias Work = @Sendable () async throws(BlockError) -> Void

@@ -8,12 +8,6 @@ import Testing
 
 /// Dirty bitmaps over QMP and NBD, beside QEMU's storage daemon.
 @Suite struct BitmapCommandsTests {
-    static let disk = [
-        "--blockdev", "driver=file,node-name=f,filename=$/disk", "--blockdev",
-        "raw,node-name=r,file=f", "--nbd-server", "addr.type=unix,addr.path=$/nbd", "--export",
-        "nbd,id=e,node-name=r,writable=on",
-    ]
-
     /// A command or what a client does in between, and what came of it.
     enum Step: Sendable {
         case command(String, JSONValue)
@@ -85,7 +79,7 @@ import Testing
                 "socket,id=q,path=\(folder)/qmp,server=on,wait=off",
             ]
                 + ["--monitor", "q", "--pidfile", "\(folder)/pid"]
-                + disk.map { $0.replacingOccurrences(of: "$", with: folder) })
+                + DaemonTests.exported.map { $0.replacingOccurrences(of: "$", with: folder) })
         defer { daemon.end() }
         for _ in 0..<1000 where !FileManager.default.fileExists(atPath: "\(folder)/pid") {
             usleep(10_000)
@@ -97,7 +91,7 @@ import Testing
 
     static func expectSameAsQEMU(_ steps: [Step]) async throws {
         let expected = try runOnQEMU(steps)
-        try await MonitoredDaemon.with(disk) { daemon in
+        try await MonitoredDaemon.with(DaemonTests.exported) { daemon in
             let found = try run(steps, try daemon.client(), daemon.folder)
             #expect(found == expected)
         }
@@ -202,7 +196,7 @@ import Testing
     // MARK: Messages
 
     @Test func aBusyBitmapNamesItsExport() async throws {
-        try await MonitoredDaemon.with(Self.disk) { daemon in
+        try await MonitoredDaemon.with(DaemonTests.exported) { daemon in
             let client = try daemon.client()
             try client.execute("block-dirty-bitmap-add", ["node": "r", "name": "a"])
             try client.execute(
@@ -220,7 +214,7 @@ import Testing
     }
 
     @Test func aBitmapFollowsItsNodeToAnotherSize() async throws {
-        try await MonitoredDaemon.with(Array(Self.disk.prefix(4))) { daemon in
+        try await MonitoredDaemon.with(Array(DaemonTests.exported.prefix(4))) { daemon in
             let client = try daemon.client()
             try client.execute("block-dirty-bitmap-add", ["node": "r", "name": "a"])
             try client.execute("block_resize", ["node-name": "r", "size": 2_097_152])
@@ -256,7 +250,7 @@ import Testing
     }
 
     @Test func clientsSeeWhatIsDirty() async throws {
-        try await MonitoredDaemon.with(Self.disk) { daemon in
+        try await MonitoredDaemon.with(DaemonTests.exported) { daemon in
             _ = try export(daemon)
             let uri = Self.uri(daemon.folder, "x")
             let map = try JSONParser.parse(
@@ -283,7 +277,7 @@ import Testing
     }
 
     @Test func contextsAreListedAndFoundByTheirPrefix() async throws {
-        try await MonitoredDaemon.with(Self.disk) { daemon in
+        try await MonitoredDaemon.with(DaemonTests.exported) { daemon in
             _ = try export(daemon)
             let uri = Self.uri(daemon.folder, "x")
             let text = try Self.shell(["nbdinfo", uri])
@@ -305,7 +299,7 @@ import Testing
     }
 
     @Test func aLiveBitmapGoesOnRecordingWhileItIsExported() async throws {
-        try await MonitoredDaemon.with(Self.disk) { daemon in
+        try await MonitoredDaemon.with(DaemonTests.exported) { daemon in
             let client = try export(daemon)
             let uri = Self.uri(daemon.folder, "x")
             try Self.shell(["qemu-io", "-f", "raw", "-c", "write 500k 4k", uri])
@@ -317,7 +311,7 @@ import Testing
     }
 
     @Test func theOlderCommandTakesABitmap() async throws {
-        try await MonitoredDaemon.with(Self.disk) { daemon in
+        try await MonitoredDaemon.with(DaemonTests.exported) { daemon in
             let client = try daemon.client()
             try client.execute(
                 "block-dirty-bitmap-add", ["node": "r", "name": "a", "disabled": true])
@@ -328,7 +322,7 @@ import Testing
     }
 
     @Test func aNodeWhoseBitmapIsExportedStays() async throws {
-        try await MonitoredDaemon.with(Self.disk) { daemon in
+        try await MonitoredDaemon.with(DaemonTests.exported) { daemon in
             let client = try daemon.client()
             try client.execute(
                 "blockdev-add", ["driver": "null-co", "node-name": "n", "size": 1_048_576])
@@ -352,7 +346,7 @@ import Testing
     // MARK: Frozen views
 
     @Test func aFrozenViewOfDirtyClustersIsReadWithItsBitmap() async throws {
-        try await MonitoredDaemon.with(Self.disk) { daemon in
+        try await MonitoredDaemon.with(DaemonTests.exported) { daemon in
             let client = try export(daemon)
             try client.execute("block-export-del", ["id": "x"])
             _ = FileManager.default.createFile(

@@ -66,18 +66,15 @@ final class TestDaemon: @unchecked Sendable {
         else {
             throw BlockError(.notFound, "no guest export")
         }
-        let data = try IOVector(allocating: count)
-        data.fill(value)
-        try await edge.write(offset, from: data)
+        try await edge.fill(ByteRange(offset, count), with: value)
     }
 
     func read(_ nodeName: String) async throws(BlockError) -> Set<UInt8> {
         let node = try daemon.graph.requireNode(named: nodeName)
         let edge = try daemon.graph.attach(NamedUser("reader"), to: node, .read)
-        let data = try IOVector(allocating: Self.size)
-        try await edge.read(0, into: data)
+        let found = try await edge.contents(of: ByteRange(0, Self.size))
         try await daemon.graph.detach(edge)
-        return Set(data.array)
+        return Set(found)
     }
 
     func nodeNames() -> Set<String> {

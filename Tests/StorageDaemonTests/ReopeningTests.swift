@@ -99,17 +99,13 @@ extension BlockGraph {
 
     func fill(_ name: String, _ byte: UInt8, at offset: Int = 0) async throws(BlockError) {
         try await using(name, writing: true) { edge throws(BlockError) in
-            let vector = try IOVector(allocating: 4096)
-            vector.fill(byte)
-            try await edge.write(offset, from: vector)
+            try await edge.fill(ByteRange(offset, 4096), with: byte)
         }
     }
 
     func byte(_ name: String, at offset: Int = 0) async throws(BlockError) -> UInt8 {
         try await using(name) { edge throws(BlockError) in
-            let vector = try IOVector(allocating: 4096)
-            try await edge.read(offset, into: vector)
-            return vector.array[0]
+            try await edge.contents(of: ByteRange(offset, 4096))[0]
         }
     }
 }
