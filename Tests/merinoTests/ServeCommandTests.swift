@@ -102,22 +102,31 @@ import Testing
         }
     }
 
-    @Test func inheritedSocketIsServed() throws {
-        let place = try withImage()
-        // The shell that opens the socket becomes the server: the number in LISTEN_PID is its own.
-        let script = """
-            import os, socket, sys
-            s = socket.socket(socket.AF_UNIX)
-            s.bind("s")
-            s.listen()
-            os.dup2(s.fileno(), 3)
-            os.set_inheritable(3, True)
-            if os.fork() == 0:
-                os.execvp("nbdinfo", ["nbdinfo", "--size", sys.argv[2]])
+    /// A Python program that opens the socket `s`; `serve` becomes the server that inherits it. The number in
+    /// LISTEN_PID is its own.
+    private static let inheriting = """
+        import os, socket, sys
+        s = socket.socket(socket.AF_UNIX)
+        s.bind("s")
+        s.listen()
+        os.dup2(s.fileno(), 3)
+        os.set_inheritable(3, True)
+
+        def serve(*options):
             os.environ["LISTEN_PID"] = str(os.getpid())
             os.environ["LISTEN_FDS"] = "1"
-            os.execv(sys.argv[1], ["merino", "serve", "-f", "raw", "a.raw"])
-            """
+            os.execv(sys.argv[1], ["merino", "serve", *options, "-f", "raw", "a.raw"])
+
+        """
+
+    @Test func inheritedSocketIsServed() throws {
+        let place = try withImage()
+        let script =
+            Self.inheriting + """
+                if os.fork() == 0:
+                    os.execvp("nbdinfo", ["nbdinfo", "--size", sys.argv[2]])
+                serve()
+                """
         let result = try place.tool("python3", "-c", script, Workplace.merino, uri(place))
         #expect(result.output == "2097152\n", "\(result.errors)")
         #expect(result.status == 0, "\(result.errors)")
@@ -125,17 +134,7 @@ import Testing
 
     @Test func inheritedSocketsAreNotServedFromTheBackground() throws {
         let place = try withImage()
-        let script = """
-            import os, socket, sys
-            s = socket.socket(socket.AF_UNIX)
-            s.bind("s")
-            s.listen()
-            os.dup2(s.fileno(), 3)
-            os.set_inheritable(3, True)
-            os.environ["LISTEN_PID"] = str(os.getpid())
-            os.environ["LISTEN_FDS"] = "1"
-            os.execv(sys.argv[1], ["merino", "serve", "--fork", "-f", "raw", "a.raw"])
-            """
+        let script = Self.inheriting + "serve('--fork')"
         let result = try place.tool("python3", "-c", script, Workplace.merino)
         #expect(result.status == 1)
         #expect(result.errors.contains("LISTEN_FDS"), "\(result.errors)")
