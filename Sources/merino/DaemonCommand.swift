@@ -29,10 +29,7 @@ struct DaemonCommand: ParsableCommand {
         let options = try DaemonOptions(arguments)
         if options.wantsHelp { return print(DaemonOptions.help) }
         if options.wantsVersion { return print(Merino.configuration.version) }
-        for text in options.traces {
-            if Tracing.isHelp(text) { return StandardOutput.print(Tracing.help) }
-            try Tracing.apply(text)
-        }
+        if try TraceArguments.apply(options.traces, strictly: true) { return }
         SignalSource.block(DaemonProgram.signals)
         let inherited = try ServiceManager.takeDescriptors()
         let notice: @Sendable (String) -> Void = { StandardOutput.print($0) }

@@ -55,10 +55,7 @@ struct ServeCommand: ParsableCommand {
     var tlsAuthorization: String?
     @Option(help: "Credentials, authorization lists and secrets, with id=… and the like.")
     var object: [String] = []
-    @Option(
-        name: [.customShort("T", allowingJoined: true), .long],
-        help: "Tell what happens at trace events: [PATTERN][,events=FILE][,file=FILE], or help.")
-    var trace: [String] = []
+    @OptionGroup var tracing: TraceArguments
     @Option(name: .customLong("pid-file"), help: "Write the process's number here when ready.")
     var pidFile: String?
     @Flag(
@@ -97,10 +94,7 @@ struct ServeCommand: ParsableCommand {
     func run() throws {
         try Failure.rethrow { () throws(BlockError) in
             try refused.check()
-            for text in trace {
-                if Tracing.isHelp(text) { return StandardOutput.print(Tracing.help) }
-                try Tracing.apply(text)
-            }
+            if try tracing.apply(strictly: true) { return }
             if let device = mode.disconnect { return try NetworkBlockDevice.disconnect(device) }
             if mode.list { return try listExports() }
             // A device stays when the command returns.

@@ -10,13 +10,17 @@ struct TraceArguments: ParsableArguments {
     var trace: [String] = []
 
     /// - Returns: whether only the list of events was asked for.
-    func apply() throws(BlockError) -> Bool { try Self.apply(trace) }
+    func apply(strictly: Bool = false) throws(BlockError) -> Bool {
+        try Self.apply(trace, strictly: strictly)
+    }
 
-    /// Switches events on; a pattern that none matches is warned of, as scripts for other versions have
-    /// names that are not here.
+    /// Switches events on.
     ///
+    /// - Parameter strictly: a pattern that no event matches is an error under Merino's own name, and not
+    ///   warned of: under the others, scripts for other versions have names that are not here.
     /// - Returns: whether only the list of events was asked for.
-    static func apply(_ texts: [String]) throws(BlockError) -> Bool {
+    static func apply(_ texts: [String], strictly: Bool = false) throws(BlockError) -> Bool {
+        let warns = !strictly || Merino.program != "merino"
         for text in texts {
             if Tracing.isHelp(text) {
                 StandardOutput.print(Tracing.help)
@@ -24,7 +28,7 @@ struct TraceArguments: ParsableArguments {
             }
             do throws(BlockError) {
                 try Tracing.apply(text)
-            } catch  where error.code == .notFound && !text.contains("events=") {
+            } catch  where warns && error.code == .notFound && !text.contains("events=") {
                 StandardError.print("\(Merino.program): warning: \(error.plainDescription)")
             }
         }

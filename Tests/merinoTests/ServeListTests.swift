@@ -128,5 +128,9 @@ import Testing
         #expect(names.output.contains("edge_request\n") && names.status == 0)
         let wrong = try place.merino("serve", "-T", "nbd_requests", "-f", "raw", "a.raw")
         #expect(wrong.status == 1 && wrong.errors.contains("nbd_request"), "\(wrong.errors)")
+        // By the other name it goes on, to the image that is not there.
+        let warned = try place.tool(
+            "bash", "-c", "exec -a qemu-nbd \"$0\" -T nbd_requests -f raw nosuch", Workplace.merino)
+        #expect(warned.errors.contains("warning: ") && warned.errors.contains("'nosuch'"))
     }
 }
