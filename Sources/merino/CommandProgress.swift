@@ -53,6 +53,7 @@ struct ProgressArguments: ParsableArguments {
     }
 }
 
+/// The clock of what commands show: rates, and the time that is left.
 enum CommandClock {
     /// Nanoseconds of a clock that only goes forward.
     static var now: UInt64 {

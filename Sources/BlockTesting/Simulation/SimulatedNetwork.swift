@@ -33,6 +33,7 @@ private final class Endpoint {
     var isReadable: Bool { !inbound.isEmpty || hasEnded || isReset || isShutDown }
 }
 
+/// A socket of the simulated network that takes connections.
 private final class ListeningSocket {
     let address: SocketAddress
     var backlog: [Endpoint] = []
