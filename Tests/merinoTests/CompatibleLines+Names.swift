@@ -36,8 +36,8 @@ extension CompatibleLines {
         #"qemu-img info --image-opts driver=qcow2,encrypt.key-secret=nosuch,file.filename=luks.qcow2"#,
         #"qemu-img info --backing-chain --image-opts driver=qcow2,file.filename=o.qcow2"#,
         #"qemu-img create -q -f qcow2 -b luks.qcow2 -F qcow2 x.qcow2 && qemu-img info x.qcow2 | grep virtual"#,
-        #"qemu-img measure -O luks --object secret,id=s,data=abc -o key-secret=s --size 1M"#,
-        #"qemu-img measure -O luks --object secret,id=s,data=abc -o key-secret=s plain.qcow2"#,
+        #"qemu-img measure -O luks --object secret,id=s,data=abc -o key-secret=s,iter-time=10 --size 1M"#,
+        #"qemu-img measure -O luks --object secret,id=s,data=abc -o key-secret=s,iter-time=10 plain.qcow2"#,
         #"qemu-img measure -O luks --size 1M"#,
     ]
 

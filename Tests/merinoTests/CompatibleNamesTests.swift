@@ -21,10 +21,9 @@ import Testing
             cp a.qcow2 same.qcow2
             head -c 300 /dev/zero | tr '\\0' x > short.raw
             printf 'QFI\\373\\0\\0\\0\\3' > short.qcow2
-            printf secret > password
-            qemu-img create -q --object secret,id=s,file=password -f qcow2 \
-            -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 luks.qcow2 1M
+            printf 'correct horse' > password
             """
+        try EncryptedImage.qcow2.write("luks.qcow2", in: place)
         let made = try place.run("/bin/sh", ["-c", script])
         #expect(made.status == 0, "\(made.errors)")
         return place

@@ -16,9 +16,8 @@ import Testing
             base64 < encrypted | tr -d '\\n' > encrypted.txt
             head -c 32 /dev/zero | tr '\\0' k > master
             printf 1111111111111111 | base64 > iv
-            qemu-img create -q --object secret,id=s,file=plain -f qcow2 \
-            -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 disk.qcow2 1M
             """
+        try EncryptedImage.qcow2.write("disk.qcow2", in: place)
         let result = try place.run("/bin/sh", ["-c", script])
         #expect(result.status == 0, "\(result.errors)")
     }

@@ -59,7 +59,7 @@ import Testing
                 place,
                 [
                     "measure", "--object", "secret,id=s,data=x", "--size", "1G", "-O", "qcow2",
-                    "-o", "encrypt.format=luks,encrypt.key-secret=s" + more,
+                    "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10" + more,
                 ])
         }
         try expectLike(
