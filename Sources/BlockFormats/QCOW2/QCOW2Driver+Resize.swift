@@ -122,6 +122,7 @@ extension QCOW2Driver {
 
     /// Moves the L1 table to where it has room.
     func growL1(to entries: Int) async throws(BlockError) {
+        try await requireUsedL1()
         let bits = geometry.clusterBits
         // As many as its clusters hold.
         let clusters = geometry.clusterCount(for: entries * 8)

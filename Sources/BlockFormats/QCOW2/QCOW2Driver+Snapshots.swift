@@ -67,10 +67,7 @@ extension QCOW2Driver: InternalSnapshotStore {
         var isRetained = false
         var copy: QCOW2Refcounts.Allocation?
         do throws(BlockError) {
-            // First: they find what is in use with a count of 0, which would be handed out. L2 tables are
-            // among what the references are to; the L1 table is not.
-            try await refcounts.requireUsed(
-                image.header.l1Offset >> geometry.clusterBits, l1Clusters(image.l1.count))
+            // First: they find what is in use with a count of 0, which would be handed out.
             let shared = try await changeReferences(of: image.l1, .retain)
             isRetained = true
             if !image.l1.isEmpty {
@@ -311,6 +308,15 @@ extension QCOW2Driver: InternalSnapshotStore {
         }
         l2.removeAll()
         decompressed.removeAll()
+        try await requireUsedL1()
+    }
+
+    /// The L1 table's clusters are in use: where they count as free, another table would be put there.
+    ///
+    /// - Throws: `corrupt` then; the image is marked.
+    func requireUsedL1() async throws(BlockError) {
+        try await refcounts.requireUsed(
+            image.header.l1Offset >> geometry.clusterBits, l1Clusters(image.l1.count))
     }
 
     /// From here on an interruption leaves counts and flags that have to be made anew.

@@ -18,7 +18,7 @@ extension QCOW2Check {
             try await mendLeaks(first)
             return
         }
-        if isOpening, report.corruptions > 0 || !first.excess.isEmpty {
+        if isOpening, report.corruptions > 0 || lacksSnapshots || !first.excess.isEmpty {
             leave(first)
             return
         }

@@ -14,9 +14,10 @@ extension QCOW2Check {
             if !isThere, mendsErrors { movesL1 = true }
         }
         for snapshot in snapshots {
-            region(
+            let isThere = region(
                 snapshot.l1Offset, snapshot.l1EntryCount * 8,
                 "the L1 table of snapshot '\(snapshot.name)'", counts)
+            if !isThere { lacksSnapshots = true }
         }
         if !rewritesSnapshotTable, header.snapshotCount > 0 {
             region(header.snapshotsOffset, snapshotTableBytes, "the snapshot table", counts)
@@ -199,6 +200,7 @@ extension QCOW2Check {
         if entry.offset == 0 { return nil }
         if let fault = l1Fault(entry.offset) {
             corruption("entry \(index) of the L1 table is wrong: \(fault)")
+            if table >= 0 { lacksSnapshots = true }
             return nil
         }
         return entry

@@ -132,6 +132,9 @@ extension QCOW2Check {
             }
         }
 
+        /// Else it is taken to be the image's, which may have grown since.
+        var tellsDiskSize: Bool { extraLength >= QCOW2Check.extraBytesMin }
+
         /// What lies behind the table's end looks so.
         var isEmpty: Bool {
             l1Offset == 0 && entryCount == 0 && idLength == 0 && nameLength == 0
@@ -156,6 +159,7 @@ extension QCOW2Check {
             return nil
         }
         let needed = fields.neededEntryCount(geometry)
+        if !mendsErrors { noteMissing(fields, needed, name) }
         // What is said beyond that may be wrong alone.
         let entries = mendsErrors ? min(fields.entryCount, needed) : fields.entryCount
         guard entries <= QCOW2.Limit.l1TableBytesMax / 8,
@@ -185,6 +189,19 @@ extension QCOW2Check {
             snapshot.entry = resized(raw, extraLength, to: wanted)
         }
         return snapshot
+    }
+
+    /// What the entry does not lead to may be there all the same: what looks like leaks may be a snapshot's.
+    private func noteMissing(_ fields: Fields, _ needed: Int, _ name: String) {
+        if fields.isEmpty {
+            note("An entry of the snapshot table is empty: its snapshot cannot be read")
+            lacksSnapshots = true
+        } else if fields.tellsDiskSize, fields.entryCount < needed {
+            note(
+                "The L1 table of snapshot '\(name)' has \(fields.entryCount) entries, and its disk "
+                    + "\(needed): the rest cannot be read")
+            lacksSnapshots = true
+        }
     }
 
     /// Whether a repair can take an L1 table for one: it is in the file, and in nothing else for certain.

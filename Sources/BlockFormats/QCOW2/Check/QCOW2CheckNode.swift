@@ -114,9 +114,12 @@ extension QCOW2Check {
         // It is open.
         check.dataFileIsGiven = true
         let report = try await check.run()
-        guard report.isClean else {
+        guard report.isClean, !check.lacksSnapshots else {
             let what =
-                report.checkErrors > 0 ? "parts of it cannot be read" : "its tables have errors"
+                report.checkErrors > 0
+                ? "parts of it cannot be read"
+                : report.corruptions > 0
+                    ? "its tables have errors" : "not all of its snapshots can be read"
             throw BlockError(
                 .corrupt, "the image was not closed cleanly, and \(what)",
                 remedy: "repair it with 'check -r all', or open it with read-only=on")
