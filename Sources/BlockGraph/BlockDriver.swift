@@ -219,6 +219,8 @@ public protocol BlockDriver: AnyObject, Sendable {
 
     /// Finishes internal work that is under way; no requests of users are.
     func settle() async
+    /// Whether there is none, so that ``settle()`` would return at once.
+    var isSettled: Bool { get }
 
     /// The node, drained, is to go on on another thread, together with `nodes`, all that it is joined to.
     ///
@@ -283,6 +285,7 @@ extension BlockDriver {
     public func drainEnds() {}
     public func childLimitsChanged(_ edge: Edge) {}
     public func settle() async {}
+    public var isSettled: Bool { true }
     public func checkMove(with nodes: [BlockNode]) throws(BlockError) {}
     public func moves(to thread: IOThread) {}
     public func amend(_ amendment: ImageAmendment) async throws(BlockError) {

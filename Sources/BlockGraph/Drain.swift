@@ -99,12 +99,14 @@ extension BlockGraph {
         return section
     }
 
-    /// ``beginDrain(_:as:)`` up to where it has to wait: ``untilIdle(_:)`` does that, and drivers settle when the
-    /// change begins with a drain of its own.
+    /// ``beginDrain(_:as:)`` up to where it has to wait: ``untilIdle(_:)`` does that.
     ///
-    /// - Returns: whether no request of theirs is in flight.
+    /// - Returns: whether there is nothing to wait for: no request of theirs is in flight, no driver has work
+    ///   under way.
     public func holdUsers(of nodes: [BlockNode], as drain: Drain) -> Bool {
-        holdRoots(of: nodes, drain).roots.allSatisfy { $0.inFlight == 0 }
+        let section = holdRoots(of: nodes, drain)
+        return section.roots.allSatisfy { $0.inFlight == 0 }
+            && section.around.allSatisfy { !$0.isOpen || $0.driver.isSettled }
     }
 
     private func holdRoots(of nodes: [BlockNode], _ drain: Drain) -> DrainSection {
@@ -116,13 +118,14 @@ extension BlockGraph {
         return section
     }
 
-    /// Waits for the requests of users that are held back. Others may change the graph meanwhile; they may
-    /// also end the drain.
+    /// Waits for the requests of users that are held back, and for drivers to settle. Others may change the graph
+    /// meanwhile; they may also end the drain.
     public func untilIdle(_ drain: Drain) async {
         thread.preconditionOnThread()
         let own = drains.filter { $0.drain === drain }
         for section in own { section.isWaiting = true }
         for edge in own.flatMap(\.roots) { await edge.untilIdle() }
+        for node in own.flatMap(\.around) where node.isOpen { await node.driver.settle() }
         for section in own { section.isWaiting = false }
     }
 

@@ -74,7 +74,9 @@ public final class NodeOpening {
     ///
     /// - Parameter storage: what the node's own image is in.
     private func checkLoop(_ storage: BlockNode) throws(BlockError) {
-        guard node.description.supportsBacking, storage.description.kind == .storage else { return }
+        guard node.description.supportsBacking, storage.isOpen,
+            storage.description.kind == .storage
+        else { return }
         var isNamed = isNamedAbove
         // The image right above.
         var namer: BlockNode?

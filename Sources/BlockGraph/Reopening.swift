@@ -156,6 +156,11 @@ private struct ReopeningPlan {
                 throw error.on(node: step.node.name)
             }
         }
+        for step in steps {
+            for case .replace(let edge, _) in step.childChanges {
+                try await edge.writeOutMetadata()
+            }
+        }
         var prepared: [DriverReopening] = []
         do throws(BlockError) {
             for step in steps.reversed() { prepared.append(try await prepare(step)) }

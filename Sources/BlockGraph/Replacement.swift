@@ -34,25 +34,31 @@ extension Edge {
     }
 
     /// Has formats write out what they keep in memory of the metadata that they have behind the edge, be it below
-    /// filters: before another node takes the child's place, while users are held back. What is there is complete
+    /// others: before another node takes the child's place, while users are held back. What is there is complete
     /// then, whoever reads it afterwards.
     ///
     /// - Throws: where that fails: the child had better stay.
     public func writeOutMetadata() async throws(BlockError) {
         var seen = Set<ObjectIdentifier>()
+        var formats: [BlockNode] = []
         var rest = [self]
         while let edge = rest.popLast() {
-            guard let parent = edge.parentNode, parent.isOpen,
-                seen.insert(ObjectIdentifier(parent)).inserted
-            else { continue }
-            if edge.roles.contains(.filtered) {
-                rest += parent.parents
-            } else if edge.roles.contains(.metadata), !parent.isReadOnly {
-                do throws(BlockError) {
-                    try await parent.stickyFlush()
-                } catch {
-                    throw error.on(node: parent.name)
-                }
+            guard !edge.roles.contains(.cow), let parent = edge.parentNode, parent.isOpen else {
+                continue
+            }
+            if edge.roles.contains(.metadata), !parent.isReadOnly,
+                !formats.contains(where: { $0 === parent })
+            {
+                formats.append(parent)
+            }
+            if seen.insert(ObjectIdentifier(parent)).inserted { rest += parent.parents }
+        }
+        // What an upper one writes out goes through the lower ones.
+        for node in formats.sorted(by: { $0.depth < $1.depth }) {
+            do throws(BlockError) {
+                try await node.stickyFlush()
+            } catch {
+                throw error.on(node: node.name)
             }
         }
     }
@@ -70,7 +76,7 @@ extension Edge {
     /// a node that does not have the same, or it comes or goes.
     ///
     /// - Throws: what one of the drivers refuses with.
-    func checkOtherBytes() throws(BlockError) {
+    public func checkOtherBytes() throws(BlockError) {
         var seen = Set<ObjectIdentifier>()
         var rest = [self]
         while let edge = rest.popLast() {

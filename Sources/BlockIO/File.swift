@@ -60,7 +60,7 @@ public final class File: @unchecked Sendable {
         self.immediateWrites = immediateWrites
         longWrites =
             isRegular && !isDirect && thread.engine.offloadsWork
-            ? WorkLane(pool: thread.workers) : nil
+            ? WorkLane() : nil
     }
 
     /// Opens `path` for use on `thread`, which the caller is on.
@@ -116,6 +116,8 @@ public final class File: @unchecked Sendable {
     public func settle() async {
         await untilDrops(atMost: 0)
     }
+    /// Whether nothing is.
+    public var isSettled: Bool { dropCount == 0 }
 
     /// Closes the file once. What was not synchronised is not made durable by this.
     public func close() async {
@@ -233,9 +235,9 @@ public final class File: @unchecked Sendable {
     }
 
     private func write(_ vector: IOVector, _ offset: Int, in lane: WorkLane) async -> Int {
-        let handle = handle
+        let (handle, workers) = (handle, thread.workers)
         return await withUnsafeContinuation { continuation in
-            lane.submit {
+            lane.submit(to: workers) {
                 continuation.resume(
                     returning: HostCalls.write(handle, vector, offset: offset))
             }

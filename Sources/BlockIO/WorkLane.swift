@@ -1,6 +1,6 @@
 import Synchronization
 
-/// Work for the worker pool that is done one piece at a time, in the order it came.
+/// Work for a worker pool that is done one piece at a time, in the order it came.
 ///
 /// For what would only wait for each other: a worker goes from one piece to the next without a trip
 /// through the thread that submitted them, and none of the others spins meanwhile.
@@ -11,15 +11,14 @@ final class WorkLane: Sendable {
         var isBusy = false
     }
 
-    private let pool: WorkerPool
     private let state = Mutex(State())
 
-    init(pool: WorkerPool = .shared) {
-        self.pool = pool
-    }
-
     /// Runs `work` on a worker thread once all that was submitted before is done.
-    func submit(_ work: @escaping @Sendable () -> Void) {
+    ///
+    /// - Parameter pool: whose, where nothing is under way; work that waits is done by the one that is busy.
+    func submit(
+        to pool: WorkerPool = .shared, _ work: @escaping @Sendable () -> Void
+    ) {
         let starts = state.withLock { state in
             state.waiting.append(work)
             defer { state.isBusy = true }

@@ -49,7 +49,12 @@ public final class WorkerPool: Sendable {
         let missing = monitor.withLock { state in
             state.threadCountMax = min(max(most, 1), Self.threadCountLimit)
             state.threadCountMin = min(max(least, 0), state.threadCountMax)
-            let missing = max(0, state.threadCountMin - state.threadCount)
+            // What waits may begin now.
+            let waiting = state.queue.count - state.head
+            let wanted = state.threadCount + max(0, waiting - state.idleCount)
+            let missing =
+                min(max(wanted, state.threadCountMin), state.threadCountMax) - state.threadCount
+            guard missing > 0 else { return 0 }
             state.threadCount += missing
             return missing
         }

@@ -17,6 +17,7 @@ extension StorageDaemon: QMPExecutor {
         try Self.schema.check(arguments, of: schema)
         await turns.take()
         defer { turns.pass() }
+        try checkOpen()
         return try await handler(self)(arguments)
     }
 
@@ -42,6 +43,7 @@ extension StorageDaemon: QMPExecutor {
             callerDescriptors = nil
             turns.pass()
         }
+        try checkOpen()
         return try await handler(self)(request.arguments)
     }
 }

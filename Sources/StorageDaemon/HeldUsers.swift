@@ -48,16 +48,15 @@ extension StorageDaemon {
         _ held: HeldUsers, _ nodes: (BlockGraph) -> [BlockNode]
     ) async throws(BlockError) {
         while true {
-            var isIdle = true
+            // One graph at a time: threads come and go while other commands run.
+            var busy: BlockGraph?
             try await onEachThread { graph in
-                isIdle = graph.holdUsers(of: nodes(graph), as: held.drain) && isIdle
+                if !graph.holdUsers(of: nodes(graph), as: held.drain) { busy = busy ?? graph }
             }
-            if isIdle { return }
+            guard let busy else { return }
             try await aside { () throws(BlockError) in
-                for graph in graphs where !held.isCancelled {
-                    try await graph.thread.visit { () throws(BlockError) in
-                        await graph.untilIdle(held.drain)
-                    }
+                try await busy.thread.visit { () throws(BlockError) in
+                    await busy.untilIdle(held.drain)
                 }
             }
             guard !held.isCancelled else {

@@ -57,6 +57,8 @@ public final class StorageDaemon: @unchecked Sendable {
     /// Parts of commands beside which others run.
     var asideCount = 0
     let asideEnded = WakeUp()
+    /// Commands that have not begun do not begin any more.
+    private(set) var isClosing = false
     /// Called when a client asks the daemon to end.
     public var quit: () -> Void = {}
 
@@ -129,6 +131,7 @@ public final class StorageDaemon: @unchecked Sendable {
     ///
     /// - Throws: the first failure to make something durable; everything is closed all the same.
     public func close() async throws(BlockError) {
+        isClosing = true
         try await letHeldUsersGo()
         var failure: BlockError?
         do throws(BlockError) {
@@ -155,6 +158,13 @@ public final class StorageDaemon: @unchecked Sendable {
         }
         for thread in ioThreads { thread.retire() }
         if let failure { throw failure }
+    }
+}
+
+extension StorageDaemon {
+    /// - Throws: `cancelled` when the daemon ends: a command would find nodes and threads gone.
+    func checkOpen() throws(BlockError) {
+        guard !isClosing else { throw BlockError(.cancelled, "the daemon ends") }
     }
 }
 

@@ -8,6 +8,12 @@ import Testing
         let state = Mutex<(running: Int, most: Int, done: Int)>((0, 0, 0))
     }
 
+    private final class Released: Sendable {
+        private let state = Mutex(false)
+        var isSet: Bool { state.withLock { $0 } }
+        func set() { state.withLock { $0 = true } }
+    }
+
     /// Submits `count` pieces of work, each of which waits until as many run as may.
     ///
     /// - Returns: how many ran at the same time at most.
@@ -49,6 +55,20 @@ import Testing
         pool.setThreadCounts(least: 3, most: 8)
         #expect(pool.threadCount == 3)
         pool.setThreadCounts(least: 0, most: 8)
+    }
+
+    @Test func whatWaitsBeginsWhenThereMayBeMoreThreads() async {
+        let pool = WorkerPool(threadCountMax: 1)
+        await withUnsafeContinuation { (over: UnsafeContinuation<Void, Never>) in
+            let state = Released()
+            pool.submit {
+                while !state.isSet {}
+                over.resume()
+            }
+            // Nobody submits anything after this.
+            pool.submit { state.set() }
+            pool.setThreadCounts(least: 0, most: 2)
+        }
     }
 
     @Test func aPoolHasAtLeastOneThreadAndNotTooMany() async {

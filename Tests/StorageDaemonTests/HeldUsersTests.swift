@@ -126,6 +126,65 @@ import Testing
         #expect(notes.order == ["others", "command"])
     }
 
+    @Test func anIdleThreadGoesWhileACommandWaits() async throws {
+        let notes = Notes()
+        try await TestDaemon.run { test throws(BlockError) in
+            _ = try await test.daemon.execute("object-add", ["qom-type": "iothread", "id": "idle"])
+            let edge = try Self.guestEdge(test)
+            await edge.enter()
+            let task = Self.start("transaction", ["actions": []], test, notes)
+            _ = try await test.daemon.execute("object-del", ["id": "idle"])
+            notes.order.append("others")
+            edge.leave()
+            await task.value
+            try await test.guestWrite(0, 4096, 1)
+        }
+        #expect(notes.order == ["others", "command"])
+    }
+
+    @Test func othersGoOnWhileACommandWaitsForACopyThatNoRequestWaitsForAnyMore() async throws {
+        let notes = Notes()
+        try await TestDaemon.run { test throws(BlockError) in
+            let daemon = test.daemon
+            let size = JSONValue.integer(TestDaemon.size)
+            _ = try await daemon.execute(
+                "blockdev-add",
+                [
+                    "driver": "null-co", "node-name": "slow", "size": size,
+                    "latency-ns": 3_000_000_000,
+                ])
+            _ = try await daemon.execute(
+                "blockdev-add",
+                [
+                    "driver": "copy-before-write", "node-name": "cbw", "file": "disk",
+                    "target": "slow", "cbw-timeout": 1,
+                ])
+            _ = try await daemon.execute(
+                "blockdev-replace",
+                ["parent-type": "export", "export-id": "guest", "new-child": "cbw"])
+            do throws(BlockError) {
+                try await test.guestWrite(0, 4096, 1)
+                notes.order.append("written")
+            } catch {}
+            let task = Self.start("transaction", ["actions": []], test, notes)
+            try await Self.useOthers(test)
+            notes.order.append("others")
+            await task.value
+        }
+        #expect(notes.order == ["others", "command"])
+    }
+
+    @Test func aCommandThatHasNotBegunWhenTheDaemonEndsDoesNotBegin() async throws {
+        let notes = Notes()
+        try await TestDaemon.run { test throws(BlockError) in
+            let daemon = test.daemon
+            try await daemon.close()
+            let options: JSONValue = ["driver": "null-co", "node-name": "late"]
+            await Self.start("blockdev-add", options, test, notes).value
+        }
+        #expect(notes.order == ["cancelled"])
+    }
+
     @Test func theDaemonEndsAlthoughACommandWaits() async throws {
         let notes = Notes()
         try await TestDaemon.run { test throws(BlockError) in

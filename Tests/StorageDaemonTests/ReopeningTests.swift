@@ -377,6 +377,37 @@ extension BlockGraph {
         }
     }
 
+    @Test func aWindowBelowAFrozenViewStaysWhereItIs() async throws {
+        let folder = try ReopeningFolder()
+        try await folder.graph { graph throws(BlockError) in
+            func window(at offset: Int) -> JSONValue {
+                [
+                    "driver": "raw", "node-name": "window", "file": "whole",
+                    "offset": .integer(offset), "size": 65536,
+                ]
+            }
+            for (name, size) in [("whole", 1 << 20), ("temp", 65536)] {
+                _ = try await graph.open(
+                    ["driver": "null-co", "node-name": .string(name), "size": .integer(size)],
+                    monitorOwned: true)
+            }
+            _ = try await graph.open(window(at: 0), monitorOwned: true)
+            let filter = try await graph.open(
+                [
+                    "driver": "copy-before-write", "node-name": "cbw", "file": "window",
+                    "target": "temp",
+                ], monitorOwned: true)
+            let view = try await graph.open(
+                ["driver": "snapshot-access", "node-name": "view", "file": "cbw"],
+                monitorOwned: true)
+            let why = await graph.refusal([window(at: 65536)])
+            #expect(why.contains("its snapshot has data in 'window'"), "\(why)")
+            try await graph.remove(view)
+            try await graph.remove(filter)
+            try await graph.reopen([window(at: 65536)])
+        }
+    }
+
     @Test func theFileBelowAFormatIsReplacedAndTheOldOneGoes() async throws {
         let folder = try ReopeningFolder()
         try folder.image("a", "-f", "qcow2")

@@ -412,6 +412,8 @@ final class NBDConnection: @unchecked Sendable {
                     countOut()
                 } else {
                     begin(next.execution, IOVector(), next.cost)
+                    // In pieces it holds less than it asked for.
+                    wakeForRoom()
                 }
             }
         }

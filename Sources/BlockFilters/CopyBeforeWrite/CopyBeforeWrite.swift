@@ -440,9 +440,10 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     }
 
     public func settle() async {
-        // What goes on for a snapshot that is broken may never end: guests do not wait for it.
-        while copiesInFlight > 0, breakage == nil { await untilCopyEnds() }
+        while !isSettled { await untilCopyEnds() }
     }
+    /// What goes on for a snapshot that is broken may never end: guests do not wait for it.
+    public var isSettled: Bool { copiesInFlight == 0 || breakage != nil }
 
     public func checkMove(with nodes: [BlockNode]) throws(BlockError) {
         guard copiesInFlight == 0 else {

@@ -131,6 +131,7 @@ public final class PreallocateFilter: FilterDriver, @unchecked Sendable {
     public func settle() async {
         await sizing.waitUntilFree(0..<1, exclusively: true)
     }
+    public var isSettled: Bool { !sizing.conflicts(0..<1, exclusively: true) }
 
     public func close() async throws(BlockError) {
         try await dropReserve()

@@ -78,6 +78,9 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
                 "its size would change, which not all of its users share: "
                     + node.holders.joined(separator: ", "))
         }
+        if window.offset != self.window.offset {
+            for edge in node.parents { try edge.checkOtherBytes() }
+        }
         var result = DriverReopening()
         result.commit = {
             self.window = window

@@ -396,6 +396,7 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
     public func settle() async {
         await file.settle()
     }
+    public var isSettled: Bool { file.isSettled }
 
     public func moves(to thread: IOThread) {
         file.move(to: thread)

@@ -106,9 +106,8 @@ extension StorageDaemon {
         let writable = try reader.bool("writable") ?? false
         let depth = try reader.bool("allocation-depth") ?? false
         let isFixed = try reader.bool("fixed-iothread") ?? false
-        let home = try reader.string("iothread").map { name throws(BlockError) in
-            try requireThread(name).graph
-        }
+        let home = try reader.string("iothread")
+        if let home { _ = try requireThread(home) }
         let writeThrough = try reader.bool("writethrough") ?? false
         let bitmaps = try reader.list("bitmaps") ?? []
         try reader.finish()
@@ -120,22 +119,21 @@ extension StorageDaemon {
     }
 
     /// - Parameters:
-    ///   - home: where the node moves first; where it cannot, that is an error only if `isFixed`.
+    ///   - home: the I/O thread that the node moves to first; where it cannot, that is an error only if `isFixed`.
     private func addExport(
         identifier: String, nodeName: String, name: String, description: String, writable: Bool,
-        depth: Bool, bitmaps: [JSONValue], home: BlockGraph? = nil, isFixed: Bool = false,
+        depth: Bool, bitmaps: [JSONValue], home: String? = nil, isFixed: Bool = false,
         writeThrough: Bool = false
     ) async throws(BlockError) {
-        let server = try requireServer()
-        guard !exports.contains(where: { $0.identifier == identifier }) else {
-            throw BlockError(.alreadyExists, "there is an export '\(identifier)' already")
-        }
-        guard server.exportNamed(name) == nil else {
-            throw BlockError(.alreadyExists, "there is an NBD export named '\(name)' already")
-        }
+        try checkFree(identifier, name)
         if let home {
-            do throws(BlockError) { try await move(nodeName, to: home) } catch  where !isFixed {}
+            do throws(BlockError) {
+                try await moveAside(nodeName, to: home)
+            } catch  where !isFixed && error.code != .cancelled {}
+            // Other commands may have run meanwhile.
+            try checkFree(identifier, name)
         }
+        let server = try requireServer()
         let export = try await onThread(of: nodeName) { node throws(BlockError) in
             var exported: [NBDExport.Bitmap] = []
             for value in bitmaps { exported.append(try exportedBitmap(value, below: node)) }
@@ -147,6 +145,25 @@ extension StorageDaemon {
         }
         try server.add(export)
         exports.append(ExportRecord(identifier, export, of: nodeName))
+    }
+
+    private func moveAside(_ nodeName: String, to thread: String) async throws(BlockError) {
+        let component: (BlockGraph) -> [BlockNode] = { graph in
+            graph.node(named: nodeName)?.component ?? []
+        }
+        try await holdingUsers(of: component) { _ throws(BlockError) in
+            try await move(nodeName, to: try requireThread(thread).graph)
+        }
+    }
+
+    private func checkFree(_ identifier: String, _ name: String) throws(BlockError) {
+        let server = try requireServer()
+        guard !exports.contains(where: { $0.identifier == identifier }) else {
+            throw BlockError(.alreadyExists, "there is an export '\(identifier)' already")
+        }
+        guard server.exportNamed(name) == nil else {
+            throw BlockError(.alreadyExists, "there is an NBD export named '\(name)' already")
+        }
     }
 
     /// A dirty bitmap by its name, on `node` or below it, or by its node's name and its own.

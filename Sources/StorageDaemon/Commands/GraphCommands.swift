@@ -4,9 +4,18 @@ import BlockGraph
 import QMP
 
 extension StorageDaemon {
-    /// `blockdev-add`: opens a node, which the monitor then holds.
+    /// `blockdev-add`: opens a node, which the monitor then holds. Nodes of other threads that become its children
+    /// move there; until the requests to them that are in flight have ended other commands run.
     func blockdevAdd(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
-        _ = try await addNode(arguments)
+        let home = home(of: arguments)
+        let named = Self.texts(in: [arguments])
+        let concerned: (BlockGraph) -> [BlockNode] = { other in
+            other === home
+                ? [] : named.compactMap { other.node(named: $0) }.flatMap(\.component)
+        }
+        try await holdingUsers(of: concerned) { _ throws(BlockError) in
+            _ = try await addNode(arguments)
+        }
         return [:]
     }
 
@@ -41,14 +50,18 @@ extension StorageDaemon {
         let reader = try OptionReader(arguments, of: "blockdev-reopen")
         let options = try reader.list("options") ?? []
         try reader.finish()
-        var home = graph
-        if case .string(let name)? = options.first?["node-name"] { home = try graph(of: name) }
+        var first: String?
+        if case .string(let name)? = options.first?["node-name"] { first = name }
+        if let first { _ = try graph(of: first) }
         let named = Self.texts(in: options)
-        let concerned: (BlockGraph) -> [BlockNode] = { [home] graph in
-            graph === home
-                ? graph.nodes : named.compactMap { graph.node(named: $0) }.flatMap(\.component)
+        let concerned: (BlockGraph) -> [BlockNode] = { [graph] other in
+            let isHome = first.map { other.node(named: $0) != nil } ?? (other === graph)
+            return isHome
+                ? other.nodes : named.compactMap { other.node(named: $0) }.flatMap(\.component)
         }
-        try await holdingUsers(of: concerned) { [home] _ throws(BlockError) in
+        try await holdingUsers(of: concerned) { _ throws(BlockError) in
+            // Other commands may have moved it meanwhile.
+            let home = try first.map { name throws(BlockError) in try graph(of: name) } ?? graph
             try await home.thread.visit { () throws(BlockError) in
                 try await home.reopen(options)
             }
@@ -163,9 +176,12 @@ extension StorageDaemon {
         switch request.place {
         case .export(let record):
             let export = record.export
-            let found = try await export.seat.visit { () throws(BlockError) in
-                export.edge?.node.graph
-            }
+            // An export that is gone may have been on a thread that is gone too.
+            let isThere = exports.contains { $0 === record } && !record.isClosing
+            let found =
+                isThere
+                ? try await export.seat.visit { () throws(BlockError) in export.edge?.node.graph }
+                : nil
             guard let found else {
                 throw BlockError(.busy, "export '\(record.identifier)' is going away")
             }

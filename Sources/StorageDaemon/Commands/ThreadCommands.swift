@@ -36,26 +36,30 @@ extension StorageDaemon {
         }
         let isForced = try reader.bool("force") ?? false
         try reader.finish()
-        if !isForced {
-            let users = try await onThread(of: name) { node in
-                node.parents.filter { $0.parentNode == nil }.map(\.parentDescription)
-            }
-            guard users.isEmpty else {
-                throw BlockError(
-                    .busy, "the node is in use by \(users.joined(separator: ", "))",
-                    remedy: "use force=true: they move along, where they can", node: name)
-            }
-        }
+        if !isForced { try await checkUnused(name) }
         let component: (BlockGraph) -> [BlockNode] = { graph in
             graph.node(named: name)?.component ?? []
         }
         try await holdingUsers(of: component) { _ throws(BlockError) in
+            // Users may have come while it waited.
+            if !isForced { try await checkUnused(name) }
             let destination = try identifier.map { text throws(BlockError) in
                 try requireThread(text).graph
             }
             try await move(name, to: destination ?? graph)
         }
         return [:]
+    }
+
+    private func checkUnused(_ name: String) async throws(BlockError) {
+        let users = try await onThread(of: name) { node in
+            node.parents.filter { $0.parentNode == nil }.map(\.parentDescription)
+        }
+        guard users.isEmpty else {
+            throw BlockError(
+                .busy, "the node is in use by \(users.joined(separator: ", "))",
+                remedy: "use force=true: they move along, where they can", node: name)
+        }
     }
 
     // MARK: Table
