@@ -10,7 +10,9 @@ struct DaemonCommand: ParsableCommand {
         abstract: "Serve disk images, controlled over QMP.")
 
     // The order of the options counts, so that they are parsed by their own rules.
-    @Argument(parsing: .captureForPassthrough, help: "See merino daemon --help.")
+    @Argument(
+        parsing: .captureForPassthrough, help: "See merino daemon --help.",
+        completion: .list(DaemonOptions.names))
     var arguments: [String] = []
 
     init() {}

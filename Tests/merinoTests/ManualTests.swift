@@ -116,6 +116,8 @@ import Testing
         ] {
             let text = try String(contentsOfFile: path, encoding: .utf8)
             for command in commands { #expect(text.contains(command.name), "\(path)") }
+            // The daemon parses its options by itself.
+            #expect(text.contains("--nbd-server"), "\(path)")
         }
     }
 }

@@ -36,7 +36,8 @@ public struct DaemonOptions: Sendable {
     public private(set) var wantsHelp = false
     public private(set) var wantsVersion = false
 
-    private static let names = [
+    /// What there is, by the long names.
+    public static let names = [
         "--help", "--version", "--blockdev", "--chardev", "--daemonize", "--export", "--monitor",
         "--nbd-server", "--object", "--pidfile", "--trace",
     ]
