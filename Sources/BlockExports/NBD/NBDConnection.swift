@@ -45,6 +45,7 @@ final class NBDConnection: @unchecked Sendable {
     private let output: NBDOutput
     private var export: NBDExport?
 
+    private var replyPace = ReplyPace()
     /// How often not to wait in ``letRequestsGather()``, after there was nothing to wait for.
     private var gatherPause = 0
     /// Reads that wait until the client has taken replies; ``catchUp()`` is at work while there are any.
@@ -257,6 +258,8 @@ final class NBDConnection: @unchecked Sendable {
                 await letRequestsGather()
                 // A client that sends one request at a time waits for its reply, which leaves first.
                 let isLikelyThere = batchCount != 1
+                replyPace.received(batchCount)
+                output.batchCountMax = replyPace.batchCount
                 batchCount = 0
                 guard
                     try await input.receive(from: channel, isLikelyThere: isLikelyThere)

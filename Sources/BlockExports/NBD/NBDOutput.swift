@@ -3,8 +3,8 @@ import BlockGraph
 import BlockIO
 import NBDProtocol
 
-/// Gathers the replies of a turn and sends them in one call, or in pieces of ``pieceBytes`` where they
-/// are many, so that the client can begin with the first. Confined to its thread.
+/// Gathers the replies of a turn and sends them in one call, or, where they are many, ``batchCountMax`` or
+/// ``pieceBytes`` at a time, so that the client can begin with the first. Confined to its thread.
 ///
 /// Headers are written into shared memory, a buffer for many; data goes out from where it was read
 /// to. What the socket does not take at once is sent by a task, while new replies gather.
@@ -24,6 +24,9 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
     private static let headersCapacity = 16 << 10
 
     private static let pieceBytes = 32 << 10
+    /// Messages that leave together: the connection's to say.
+    var batchCountMax = 1
+    private var gatheredCount = 0
     /// Bytes queued since ``takeQueuedBytes()``.
     private var queuedBytes = 0
 
@@ -55,7 +58,12 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
         let added = count + (data?.count ?? 0)
         queuedBytes += added
         unsentBytes += added
-        if gathered.count >= Self.pieceBytes { push() } else { schedule() }
+        gatheredCount += 1
+        if gathered.count >= Self.pieceBytes || gatheredCount >= batchCountMax {
+            push()
+        } else {
+            schedule()
+        }
     }
 
     /// Whether more is queued than the socket takes.
@@ -130,8 +138,7 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
 
     private func push() {
         guard !isSending, failure == nil, !gathered.isEmpty else { return }
-        let all = gathered
-        gathered = IOVector()
+        let all = takeGathered()
         let now = channel.sendNow(all)
         if let now, now == all.count {
             // The memory of headers is free again when nobody else holds it.
@@ -146,6 +153,14 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
         seat.spawn { await self.sendRest(rest) }
     }
 
+    private func takeGathered() -> IOVector {
+        defer {
+            gathered = IOVector()
+            gatheredCount = 0
+        }
+        return gathered
+    }
+
     private func sendRest(_ first: IOVector) async {
         var rest = first
         while true {
@@ -158,12 +173,10 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
             }
             left(rest.count)
             if failure != nil {
-                left(gathered.count)
-                gathered = IOVector()
+                left(takeGathered().count)
             }
             if gathered.isEmpty { break }
-            rest = gathered
-            gathered = IOVector()
+            rest = takeGathered()
         }
         isSending = false
         wakeIdle()
