@@ -24,13 +24,14 @@ class Load:
 
 
 LOADS = [
-    Load("randread-4k-d1", "randread", "4k", 1),
-    Load("randread-4k-d32", "randread", "4k", 32),
-    Load("randwrite-4k-d1", "randwrite", "4k", 1),
-    Load("randwrite-4k-d32", "randwrite", "4k", 32),
+    *(Load(f"{pattern}-4k-d{depth}", pattern, "4k", depth)
+      for pattern in ("randread", "randwrite") for depth in (1, 4, 8, 32)),
     Load("read-256k-d16", "read", "256k", 16),
     Load("write-256k-d16", "write", "256k", 16),
 ]
+
+# What a server has had when its memory is looked at.
+BUSY = next(load for load in LOADS if load.name == "randread-4k-d32")
 
 # Guest writes while a snapshot is held. The first touches each 64 KiB cluster once, so that every
 # write has old data to save; the second is what a guest does.

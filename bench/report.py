@@ -58,9 +58,10 @@ def ratio(ours, theirs, more_is_better):
 
 def ratios(results):
     """For each of merino's rows and each figure: against the best peer, and for operations per
-    second of CPU also against each kind of peer."""
+    second of CPU also against each kind of peer, and the floor, which is none."""
     found = {}
-    peers = {name: row for name, row in results.items() if not name.startswith("merino")}
+    others = {name: row for name, row in results.items() if not name.startswith("merino")}
+    peers = {name: row for name, row in others.items() if name != "floor"}
     for name, row in results.items():
         if not name.startswith("merino") or not peers:
             continue
@@ -71,9 +72,9 @@ def ratios(results):
                 best = max(values) if more else min(values)
                 against[key] = ratio(row[key], best, more)
         key = "operations_per_cpu_second"
-        for kind in ("qemu-nbd", "qsd", "nbdkit"):
-            values = [peer[key] for peer_name, peer in peers.items()
-                      if peer_name.split("/")[0] == kind and peer.get(key)]
+        for kind in ("qemu-nbd", "qsd", "nbdkit", "floor"):
+            values = [other[key] for other_name, other in others.items()
+                      if other_name.split("/")[0] == kind and other.get(key)]
             if values and row.get(key):
                 against[f"{key}_over_{kind}"] = ratio(row[key], max(values), True)
         found[name] = against

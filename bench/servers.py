@@ -200,6 +200,18 @@ def all_servers(merino):
     return servers
 
 
+def floor(directory):
+    """The least that a server can do (floor.c), built into `directory`; nothing without a C compiler."""
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "floor.c")
+    program = os.path.join(directory, "floor")
+    if not os.path.exists(program):
+        if shutil.which("cc") is None:
+            return []
+        subprocess.run(["cc", "-O2", "-o", program, source], check=True)
+    return [Server("floor", program, lambda image, _, path: [image, path], "buffered",
+                   formats=("raw",))]
+
+
 def fleecing_servers(merino, temporary):
     servers = []
     for aio in ("threads", "io_uring"):
