@@ -185,6 +185,9 @@ public protocol BlockDriver: AnyObject, Sendable {
 
     /// The child whose bytes are the node's, all of them from the first on, where the driver is no filter.
     var wholeChild: Edge? { get }
+    /// The child whose bytes, or a part of them, are the node's, and where in it the first one is, where the
+    /// driver is no filter.
+    var shownChild: (edge: Edge, offset: Int)? { get }
 
     /// Whether both are on the same storage: one file that is open twice.
     func isSameStorage(as other: any BlockDriver) -> Bool
@@ -277,6 +280,7 @@ extension BlockDriver {
         if edge.roles.contains(.metadata) { try edge.refuseOtherBytes() }
     }
     public var wholeChild: Edge? { nil }
+    public var shownChild: (edge: Edge, offset: Int)? { wholeChild.map { ($0, 0) } }
     public func isSameStorage(as other: any BlockDriver) -> Bool { other === self }
     public func transactionEnds() {}
     public func childResized(_ edge: Edge) {}

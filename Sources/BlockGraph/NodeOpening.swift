@@ -72,28 +72,42 @@ public final class NodeOpening {
 
     /// Images whose names of backing files lead back to one of them would be opened again and again.
     ///
-    /// - Parameter storage: what the node's own image is in.
-    private func checkLoop(_ storage: BlockNode) throws(BlockError) {
-        guard node.description.supportsBacking, storage.isOpen,
-            storage.description.kind == .storage
-        else { return }
+    /// Names lead on without end only through an image that is opened twice and goes by the name that it
+    /// has both times. Options are finite: an image whose options say what its backing image is, or that
+    /// there is none, may be there again.
+    ///
+    /// - Parameter child: what the node's own image is in.
+    private func checkLoop(_ child: BlockNode) throws(BlockError) {
+        guard above != nil, try followsItsName, child.isOpen else { return }
+        let place = child.place
         var isNamed = isNamedAbove
-        // The image right above.
-        var namer: BlockNode?
+        // Of the image whose name led here.
+        var namer: StoragePlace?
         var next = above
         while let opening = next {
-            if opening.node.description.supportsBacking, let file = opening.node.file?.node {
-                namer = namer ?? file
-                if isNamed, file.description.kind == .storage,
-                    file.driver.isSameStorage(as: storage.driver)
+            if isNamed, opening.node.description.supportsBacking, let file = opening.node.file?.node
+            {
+                let other = file.place
+                let nearest = namer ?? other
+                namer = nearest
+                if opening.node.description.name == node.description.name,
+                    other.isSame(as: place), try opening.followsItsName
                 {
                     throw .backingLoop(
-                        storage.driver.filename, namedBy: (namer ?? file).driver.filename,
-                        isItself: namer === file)
+                        place.node.driver.filename, namedBy: nearest.node.driver.filename,
+                        isItself: nearest.isSame(as: place))
                 }
             }
             isNamed = isNamed || opening.isNamedAbove
             next = opening.above
+        }
+    }
+
+    /// Whether the image itself says what its backing image is: no option does.
+    private var followsItsName: Bool {
+        get throws(BlockError) {
+            guard node.description.supportsBacking else { return false }
+            return try options.value("backing") == nil
         }
     }
 
@@ -107,6 +121,34 @@ public final class NodeOpening {
                 remedy: "give a node's name, or options to open one")
         }
         return edge
+    }
+}
+
+/// Where the bytes of a node begin.
+private struct StoragePlace {
+    /// A node of storage, or of a driver whose bytes are nowhere as they are.
+    let node: BlockNode
+    let offset: Int
+
+    func isSame(as other: StoragePlace) -> Bool {
+        offset == other.offset
+            && (node === other.node || node.driver.isSameStorage(as: other.node.driver))
+    }
+}
+
+extension BlockNode {
+    /// Below all that hands the bytes on, or some of them. The node is open.
+    fileprivate var place: StoragePlace {
+        var node = self
+        var offset = 0
+        while let below = node.description.kind == .filter
+            ? node.filteredChild.map({ (edge: $0, offset: 0) }) : node.driver.shownChild
+        {
+            node = below.edge.node
+            // Each was checked against what is below it, and one that wrapped is only another place.
+            offset &+= below.offset
+        }
+        return StoragePlace(node: node, offset: offset)
     }
 }
 

@@ -72,6 +72,9 @@ public struct ImageInfo: Sendable {
             result.append(info)
             next = nil
             guard chain, !source.isUntrusted, let path = info.backingPath else { break }
+            // A name that says so ends the chain, as it does where the images are read; it may be of an
+            // image further up. What the user gives for the top one hides nothing that the image says.
+            if result.count > 1, given?["backing"] == .null { break }
             try above.add(source)
             var below = ImageSource(path, format: info.backingFormat)
             below.sharesAll = source.sharesAll

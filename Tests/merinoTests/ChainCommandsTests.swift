@@ -67,6 +67,18 @@ import Testing
         #expect(loop.errors.contains("second' names '"), "\(loop.errors)")
     }
 
+    @Test(arguments: ["info --backing-chain", "map", "io -r -c length"])
+    func aNameThatSaysThatThereIsNoMoreBelowEndsTheChain(command: String) throws {
+        let place = try Workplace()
+        let name = #"{"driver":"qcow2","backing":null,"file":{"driver":"file","filename":"own"}}"#
+        try place.tool(
+            "qemu-img", "create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", "json:" + name,
+            "own", "1M")
+        let words = command.split(separator: " ").map(String.init)
+        let own = try place.run(Workplace.merino, words + ["own"])
+        #expect(own.status == 0, "\(own.errors)")
+    }
+
     // MARK: Commit
 
     @Test("commit leaves base and image alike", arguments: ["compat=1.1", "compat=0.10"])

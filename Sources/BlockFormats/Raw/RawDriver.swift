@@ -99,6 +99,8 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
 
     public var wholeChild: Edge? { window.offset == 0 && window.size == nil ? file : nil }
 
+    public var shownChild: (edge: Edge, offset: Int)? { (file, window.offset) }
+
     public func childResized(_ edge: Edge) {
         takeSize()
     }
