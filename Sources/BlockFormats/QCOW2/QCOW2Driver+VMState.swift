@@ -6,6 +6,8 @@ import BlockGraph
 //
 //     L1      disk ─────────────────┤ state ──────────────▶
 //     guest   0 … size … (rounded up to what an entry covers)
+//
+// A backing image has none of it: what it has at the same offset, where it is long enough, is a disk's.
 extension QCOW2Driver {
     /// Where `count` bytes of state at `offset` are, as an offset of the guest's.
     private func statePlace(_ offset: Int, _ count: Int) throws(BlockError) -> Int {
@@ -30,7 +32,22 @@ extension QCOW2Driver {
         let place = try statePlace(offset, vector.count)
         let epoch = epochs.enter()
         defer { epochs.leave(epoch) }
-        try await readRuns(place, into: vector, of: self)
+        try await readState(place, into: vector)
+    }
+
+    /// What was never written is zeroes, whatever the backing image has there.
+    private func readState(_ place: Int, into vector: IOVector) async throws(BlockError) {
+        var done = 0
+        while done < vector.count {
+            let next = try await run(at: place + done, limit: vector.count - done, of: self)
+            let part = vector.slice(done, next.count)
+            if next.kind == .unallocated {
+                part.fill(0)
+            } else {
+                try await readRuns(place + done, into: part, of: self)
+            }
+            done += next.count
+        }
     }
 
     public func writeMachineState(
@@ -48,7 +65,7 @@ extension QCOW2Driver {
             // The rest of a cluster that is copied is filled up as the disk's are, with zeroes past its end:
             // here it is state.
             let cluster = try IOVector(allocating: whole.count)
-            try await readRuns(whole.offset, into: cluster, of: self)
+            try await readState(whole.offset, into: cluster)
             cluster.slice(place - whole.offset, piece.count).copy(from: piece)
             try await writeRuns(whole.offset, cluster)
         }
