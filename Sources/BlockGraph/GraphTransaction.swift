@@ -102,17 +102,6 @@ public final class GraphTransaction {
         replaced.append((edge, old))
     }
 
-    /// Puts `node` in the place of `old` for all of its users but `node` itself and those that
-    /// `except` names.
-    public func replaceUsers(
-        of old: BlockNode, with node: BlockNode, except: (Edge) -> Bool = { _ in false }
-    ) throws(BlockError) {
-        for edge in old.parents where edge.parentNode !== node && !except(edge) {
-            if let parent = edge.parentNode, node.reaches(parent) { continue }
-            try replace(edge, with: node)
-        }
-    }
-
     /// Has the permissions around `node` worked out anew at the commit: its driver or options
     /// changed.
     public func refresh(_ node: BlockNode) {

@@ -78,8 +78,6 @@ public struct NodeLimits: Sendable, Equatable {
     public var transferMax = Limits.requestBytesMax
     /// Zeroing and discarding work on multiples of this; 0 for no preference. An allocation unit.
     public var allocationUnit = 0
-    /// What a client had best use for small requests.
-    public var optimalTransfer = 0
 
     public init() {}
 }

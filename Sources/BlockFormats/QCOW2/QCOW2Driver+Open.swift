@@ -297,13 +297,4 @@ extension QCOW2Driver {
             return result
         }
     }
-
-    /// The backing file's name as the image has it; `nil` when it has none.
-    public var backingFileName: String? {
-        image.header.backingName.isEmpty
-            ? nil : String(decoding: image.header.backingName, as: UTF8.self)
-    }
-
-    /// The backing file's format as the image has it.
-    public var backingFileFormat: String? { image.header.backingFormat }
 }
