@@ -1,11 +1,12 @@
 import BlockCore
+import BlockIO
 
 /// Ranges that are held for a while: shared by many, or exclusive to one. Confined to its thread.
 ///
 /// Few are held at once, so a list serves. Not fair: who waits looks again when something is let go.
 public final class RangeLocks {
     private var held: [(range: Range<Int>, isExclusive: Bool)] = []
-    private var sleepers: [UnsafeContinuation<Void, Never>] = []
+    private let changes = WaitQueue()
 
     public init() {}
 
@@ -39,15 +40,12 @@ public final class RangeLocks {
 
     /// Waits until something is let go, or ``wake()``: for who then looks at more than the locks.
     public func untilChange() async {
-        await withUnsafeContinuation { sleepers.append($0) }
+        await changes.wait()
     }
 
     /// Lets all who wait look again.
     public func wake() {
-        if sleepers.isEmpty { return }
-        let woken = sleepers
-        sleepers = []
-        for continuation in woken { continuation.resume() }
+        changes.wakeAll()
     }
 
     /// Lets go of a range that was taken.

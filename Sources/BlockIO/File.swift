@@ -38,7 +38,7 @@ public final class File: @unchecked Sendable {
     private var writeWindow = StreamWindow()
     /// Parts that are being dropped, and who waits for them to become fewer.
     private var dropCount = 0
-    private var dropSleepers: [UnsafeContinuation<Void, Never>] = []
+    private let dropEnd = WaitQueue()
     private static let dropCountMax = 8
     /// Long writes to the page cache of a regular file. The file system lets one of them in at a time; the
     /// others would spin until it is their turn.
@@ -254,17 +254,13 @@ public final class File: @unchecked Sendable {
         thread.spawn {
             await self.thread.offload { system.dropCache(of: handle, behind, written: written) }
             self.dropCount -= 1
-            let woken = self.dropSleepers
-            self.dropSleepers = []
-            for continuation in woken { continuation.resume() }
+            self.dropEnd.wakeAll()
         }
         await untilDrops(atMost: Self.dropCountMax)
     }
 
     private func untilDrops(atMost limit: Int) async {
-        while dropCount > limit {
-            await withUnsafeContinuation { dropSleepers.append($0) }
-        }
+        while dropCount > limit { await dropEnd.wait() }
     }
 
     /// Makes what was written before durable.

@@ -18,7 +18,8 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
     /// It stays on its thread, and keeps the node there.
     public let isFixed: Bool
     private var connections: [NBDConnection] = []
-    private var sleepers: [UnsafeContinuation<Void, Never>] = []
+    /// Who waits until the last of them is gone.
+    private let departure = WaitQueue()
     var canMultiConnect = true
     /// No client begins to use it any more: it is about to be removed.
     private var isRetired = false
@@ -186,10 +187,7 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
 
     func remove(_ connection: NBDConnection) {
         connections.removeAll { $0 === connection }
-        guard connections.isEmpty else { return }
-        let woken = sleepers
-        sleepers = []
-        for continuation in woken { continuation.resume() }
+        if connections.isEmpty { departure.wakeAll() }
     }
 
     public func nodeResized(_ edge: Edge) {
@@ -237,9 +235,7 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
         if refusing { edge.refuseRequests() }
         self.edge = nil
         for connection in connections { connection.shutdown() }
-        while !connections.isEmpty {
-            await withUnsafeContinuation { sleepers.append($0) }
-        }
+        while !connections.isEmpty { await departure.wait() }
         for exported in bitmaps {
             exported.bitmap.release(from: userDescription)
             exported.node.release(userDescription)

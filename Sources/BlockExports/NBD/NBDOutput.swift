@@ -15,7 +15,7 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
     private var isScheduled = false
     private var isSending = false
     private var failure: BlockError?
-    private var idleSleepers: [UnsafeContinuation<Void, Never>] = []
+    private let idle = WaitQueue()
     /// Called when bytes left, with how many: the connection's limits follow them.
     var sent: (Int) -> Void = { _ in }
 
@@ -35,7 +35,7 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
     private static let unsentBytesMax = 256 << 10
     /// Bytes that are queued and have not left.
     private var unsentBytes = 0
-    private var roomSleepers: [UnsafeContinuation<Void, Never>] = []
+    private let room = WaitQueue()
 
     init(_ channel: any NBDChannel, seat: IOSeat) {
         self.channel = channel
@@ -77,18 +77,13 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
 
     /// Waits until it is not full any more, which it also is when the client is gone.
     func untilRoom() async {
-        while isFull {
-            await withUnsafeContinuation { roomSleepers.append($0) }
-        }
+        while isFull { await room.wait() }
     }
 
     private func left(_ count: Int) {
         unsentBytes -= count
         sent(count)
-        guard !isFull, !roomSleepers.isEmpty else { return }
-        let woken = roomSleepers
-        roomSleepers = []
-        for continuation in woken { continuation.resume() }
+        if !isFull { room.wakeAll() }
     }
 
     func takeQueuedBytes() -> Int {
@@ -133,7 +128,7 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
         isScheduled = false
         push()
         // What was scheduled may have left with a piece, or never will: whoever waits must know.
-        if !isSending { wakeIdle() }
+        if !isSending { idle.wakeAll() }
     }
 
     private func push() {
@@ -143,7 +138,7 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
         if let now, now == all.count {
             // The memory of headers is free again when nobody else holds it.
             left(all.count)
-            wakeIdle()
+            idle.wakeAll()
             return
         }
         let taken = max(now ?? 0, 0)
@@ -179,19 +174,12 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
             rest = takeGathered()
         }
         isSending = false
-        wakeIdle()
+        idle.wakeAll()
     }
 
     /// Returns when everything queued has left, or cannot.
     func flush() async {
         if !isSending, !isScheduled { return }
-        await withUnsafeContinuation { idleSleepers.append($0) }
-    }
-
-    private func wakeIdle() {
-        guard !idleSleepers.isEmpty else { return }
-        let woken = idleSleepers
-        idleSleepers = []
-        for continuation in woken { continuation.resume() }
+        await idle.wait()
     }
 }

@@ -31,9 +31,10 @@ public final class NBDServer: @unchecked Sendable {
     private var listeners: [Listener] = []
     private var exportsInOrder: [NBDExport] = []
     private(set) var connections: [NBDConnection] = []
-    private var sleepers: [UnsafeContinuation<Void, Never>] = []
+    /// Who waits until the last of them is gone.
+    private let departure = WaitQueue()
     /// Listeners that wait for a client to leave.
-    private var roomSleepers: [UnsafeContinuation<Void, Never>] = []
+    private let room = WaitQueue()
     private let bytesInFlight = Atomic<Int>(0)
     private var isStopped = false
     private let logger: @Sendable (String) -> Void
@@ -128,22 +129,13 @@ public final class NBDServer: @unchecked Sendable {
 
     /// Returns when another client may come, or none will.
     private func untilRoom() async {
-        while isFull, !isStopped {
-            await withUnsafeContinuation { roomSleepers.append($0) }
-        }
-    }
-
-    private func wakeForRoom() {
-        guard !roomSleepers.isEmpty else { return }
-        let woken = roomSleepers
-        roomSleepers = []
-        for continuation in woken { continuation.resume() }
+        while isFull, !isStopped { await room.wait() }
     }
 
     /// A client has left; its requests may be under way still.
     func gone(_ connection: NBDConnection) {
         connection.isGone = true
-        wakeForRoom()
+        room.wakeAll()
     }
 
     /// From any thread.
@@ -179,11 +171,9 @@ public final class NBDServer: @unchecked Sendable {
 
     private func left(_ connection: NBDConnection) {
         connections.removeAll { $0 === connection }
-        wakeForRoom()
+        room.wakeAll()
         guard connections.isEmpty else { return }
-        let woken = sleepers
-        sleepers = []
-        for continuation in woken { continuation.resume() }
+        departure.wakeAll()
         lastClientLeft?()
     }
 
@@ -194,12 +184,10 @@ public final class NBDServer: @unchecked Sendable {
         isStopped = true
         // Whoever is listed from here on is being stopped: nobody new comes in.
         for listener in listeners { listener.close() }
-        wakeForRoom()
+        room.wakeAll()
         for connection in connections { connection.seat.spawn { connection.shutdown() } }
         for export in exportsInOrder { export.seat.spawn { export.beginClosing() } }
-        while !connections.isEmpty {
-            await withUnsafeContinuation { sleepers.append($0) }
-        }
+        while !connections.isEmpty { await departure.wait() }
         var failure: BlockError?
         for export in exportsInOrder {
             do throws(BlockError) {

@@ -33,7 +33,7 @@ public final class BlockDebugFilter: FilterDriver, DebugEventWatcher, @unchecked
     private var suspended: [Suspended] = []
     private var drainCount = 0
     /// Who waits until something is suspended.
-    private var watchers: [UnsafeContinuation<Void, Never>] = []
+    private let watchers = WaitQueue()
 
     private init(
         _ node: BlockNode, _ child: Edge, configurationPath: String?, _ rules: DebugRules,
@@ -127,7 +127,7 @@ public final class BlockDebugFilter: FilterDriver, DebugEventWatcher, @unchecked
                 suspended.append(
                     Suspended(
                         tag: breakpoint.tag, notify: breakpoint.notify, continuation: continuation))
-                wakeWatchers()
+                watchers.wakeAll()
             }
         }
     }
@@ -165,9 +165,7 @@ public final class BlockDebugFilter: FilterDriver, DebugEventWatcher, @unchecked
 
     /// Waits until a request is suspended with that tag.
     public func untilSuspended(tag: String) async {
-        while !isSuspended(tag: tag) {
-            await withUnsafeContinuation { watchers.append($0) }
-        }
+        while !isSuspended(tag: tag) { await watchers.wait() }
     }
 
     /// The blkdebug that is nearest below `node`, on the way to its storage.
@@ -185,12 +183,6 @@ public final class BlockDebugFilter: FilterDriver, DebugEventWatcher, @unchecked
     private func goOn(_ request: Suspended) {
         request.notify("blkdebug: Resuming request '\(request.tag)'\n")
         request.continuation.resume()
-    }
-
-    private func wakeWatchers() {
-        let woken = watchers
-        watchers = []
-        for continuation in woken { continuation.resume() }
     }
 
     public func drainBegins() {

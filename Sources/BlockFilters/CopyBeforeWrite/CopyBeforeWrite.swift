@@ -53,7 +53,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     public private(set) var breakage: BlockError?
     /// Copies that go on although the write that wanted them stopped waiting.
     private var copiesInFlight = 0
-    private var settleSleepers: [UnsafeContinuation<Void, Never>] = []
+    private let copyEnd = WaitQueue()
 
     /// It has been used: it has to stay in every guest's way.
     private var hadUsers = false
@@ -343,7 +343,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         waiting = ClusterBitmap(count: waiting.count)
         // Nor does anybody wait for a copy that may never end.
         locks.wake()
-        wakeSettling()
+        copyEnd.wakeAll()
     }
 
     private func copyWithDeadline(_ clusters: Range<Int>) async throws(BlockError) {
@@ -374,13 +374,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
 
     private func copyEnded() {
         copiesInFlight -= 1
-        wakeSettling()
-    }
-
-    private func wakeSettling() {
-        let woken = settleSleepers
-        settleSleepers = []
-        for continuation in woken { continuation.resume() }
+        copyEnd.wakeAll()
     }
 
     /// Copies what waits in `clusters`, run by run.
@@ -440,7 +434,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     }
 
     public func settle() async {
-        while !isSettled { await untilCopyEnds() }
+        while !isSettled { await copyEnd.wait() }
     }
     /// What goes on for a snapshot that is broken may never end: guests do not wait for it.
     public var isSettled: Bool { copiesInFlight == 0 || breakage != nil }
@@ -452,11 +446,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     }
 
     public func close() async throws(BlockError) {
-        while copiesInFlight > 0 { await untilCopyEnds() }
-    }
-
-    private func untilCopyEnds() async {
-        await withUnsafeContinuation { settleSleepers.append($0) }
+        while copiesInFlight > 0 { await copyEnd.wait() }
     }
 }
 

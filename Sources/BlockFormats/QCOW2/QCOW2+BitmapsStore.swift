@@ -1,5 +1,6 @@
 import BlockCore
 import BlockGraph
+import BlockIO
 import QMP
 
 /// The dirty bitmaps that an open image keeps. Confined to the graph's thread.
@@ -28,7 +29,7 @@ final class QCOW2Bitmaps: BitmapStore {
     /// A driver that takes the place of another one reads the directory when it needs it.
     private var isRead = false
     private var directory: QCOW2.BitmapsExtension?
-    private var changing: QCOW2WaitQueue?
+    private var changing: WaitQueue?
     /// Clusters taken for what nothing on disk names yet: they go back when the change fails.
     private var unnamed: [QCOW2Refcounts.Allocation] = []
 
@@ -245,7 +246,7 @@ final class QCOW2Bitmaps: BitmapStore {
         _ body: () async throws(BlockError) -> T
     ) async throws(BlockError) -> T {
         while let changing { await changing.wait() }
-        let queue = QCOW2WaitQueue()
+        let queue = WaitQueue()
         changing = queue
         defer {
             changing = nil

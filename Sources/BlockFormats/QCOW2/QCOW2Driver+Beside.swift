@@ -1,5 +1,6 @@
 import BlockCore
 import BlockGraph
+import BlockIO
 
 // Small writes side by side: those to a cluster that another request is allocating right now.
 
@@ -19,7 +20,7 @@ final class QCOW2Allocation: @unchecked Sendable {
 
     var clusters: Range<Int>
     let slice: QCOW2TableCache.Slice
-    let queue = QCOW2WaitQueue()
+    let queue = WaitQueue()
     var state = State.placing
     /// The entries name the new clusters.
     var isLinked = false

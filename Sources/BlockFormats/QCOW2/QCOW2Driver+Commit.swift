@@ -1,5 +1,6 @@
 import BlockCore
 import BlockGraph
+import BlockIO
 
 // Writing metadata out, in the order that the driver's invariants ask for.
 
@@ -40,7 +41,7 @@ extension QCOW2Driver {
             await running.wait()
             if commitSucceeded >= ticket { return }
         }
-        let queue = QCOW2WaitQueue()
+        let queue = WaitQueue()
         commitRunning = queue
         commitStarted += 1
         let number = commitStarted

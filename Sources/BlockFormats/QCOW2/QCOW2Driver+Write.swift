@@ -1,5 +1,6 @@
 import BlockCore
 import BlockGraph
+import BlockIO
 
 extension QCOW2Driver {
     public func write(
@@ -347,7 +348,7 @@ extension QCOW2Driver {
 
     /// Gives the image an L2 table of its own: empty, or a copy of one that is shared.
     private func makeTable(_ index: Int, old: QCOW2.L1Entry) async throws(BlockError) {
-        let queue = QCOW2WaitQueue()
+        let queue = WaitQueue()
         tablesInCreation[index] = queue
         defer {
             tablesInCreation[index] = nil

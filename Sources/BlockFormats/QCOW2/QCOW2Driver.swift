@@ -52,7 +52,7 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     /// Allocating requests in flight.
     var allocations: [QCOW2Allocation] = []
     /// L1 indices whose L2 table is being made.
-    var tablesInCreation: [Int: QCOW2WaitQueue] = [:]
+    var tablesInCreation: [Int: WaitQueue] = [:]
     var epochs = QCOW2Epochs()
 
     // Of commits.
@@ -67,7 +67,7 @@ public final class QCOW2Driver: BlockDriver, @unchecked Sendable {
     var removedClusterCount = 0
     var commitStarted = 0
     var commitSucceeded = 0
-    var commitRunning: QCOW2WaitQueue?
+    var commitRunning: WaitQueue?
 
     /// The snapshot table.
     var snapshots: [QCOW2.Snapshot] = []

@@ -1,5 +1,6 @@
 import BlockCore
 import BlockGraph
+import BlockIO
 
 /// What all parts of an open image share: its file, header and L1 table, and whether it may be
 /// written. Confined to the graph's thread.
@@ -25,8 +26,8 @@ final class QCOW2Image {
     private var corruptionIsTold = false
     /// The header on disk vouches for what the first change makes untrue.
     private(set) var headerIsStale = false
-    private var growing: QCOW2WaitQueue?
-    private var headerWriting: QCOW2WaitQueue?
+    private var growing: WaitQueue?
+    private var headerWriting: WaitQueue?
     /// From here on the file was grown by this driver: bytes that nobody wrote are zeroes.
     private(set) var grownFrom: Int
     private(set) var hasGrown = false
@@ -45,7 +46,7 @@ final class QCOW2Image {
     func writeHeader() async throws(BlockError) {
         // One at a time: an older state must not come to lie over a newer one.
         while let headerWriting { await headerWriting.wait() }
-        let queue = QCOW2WaitQueue()
+        let queue = WaitQueue()
         headerWriting = queue
         defer {
             headerWriting = nil
@@ -92,7 +93,7 @@ final class QCOW2Image {
                 await growing.wait()
                 continue
             }
-            let queue = QCOW2WaitQueue()
+            let queue = WaitQueue()
             growing = queue
             defer {
                 growing = nil

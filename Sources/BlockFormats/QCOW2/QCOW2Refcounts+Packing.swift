@@ -1,4 +1,5 @@
 import BlockCore
+import BlockIO
 
 // Room for compressed clusters, which share host clusters: byte behind byte, with one reference from
 // each to every host cluster that it touches.
@@ -39,7 +40,7 @@ extension QCOW2Refcounts {
     /// them on return.
     func pack(_ counts: [Int]) async throws(BlockError) -> [Place] {
         while let packing { await packing.wait() }
-        let queue = QCOW2WaitQueue()
+        let queue = WaitQueue()
         packing = queue
         defer {
             packing = nil

@@ -1,5 +1,6 @@
 import BlockCore
 import BlockGraph
+import BlockIO
 
 /// The refcounts of an open image, and the search for free clusters.
 ///
@@ -40,11 +41,11 @@ final class QCOW2Refcounts {
     private var freed: [Run] = []
     /// One past the highest cluster that was ever handed out.
     private var highest = 0
-    private var extending: QCOW2WaitQueue?
-    private var writing: QCOW2WaitQueue?
+    private var extending: WaitQueue?
+    private var writing: WaitQueue?
     /// Of compressed clusters; see `QCOW2Refcounts+Packing.swift`.
     var open: OpenCluster?
-    var packing: QCOW2WaitQueue?
+    var packing: WaitQueue?
 
     init(
         _ image: QCOW2Image, table: [UInt64], cacheBytes: Int
@@ -324,7 +325,7 @@ final class QCOW2Refcounts {
             await extending.wait()
             return
         }
-        let queue = QCOW2WaitQueue()
+        let queue = WaitQueue()
         extending = queue
         defer {
             extending = nil
@@ -428,7 +429,7 @@ final class QCOW2Refcounts {
     func writeBlocks() async throws(BlockError) {
         while let writing { await writing.wait() }
         guard isDirty else { return }
-        let queue = QCOW2WaitQueue()
+        let queue = WaitQueue()
         writing = queue
         defer {
             writing = nil

@@ -1,5 +1,6 @@
 import BlockCore
 import BlockGraph
+import BlockIO
 
 /// Slices of L2 tables or of refcount blocks in memory, by slice number.
 ///
@@ -56,7 +57,7 @@ final class QCOW2TableCache {
     private var hand = 0
     /// The last slice found for each key modulo its length: saves the hash.
     private var front = [Slice?](repeating: nil, count: QCOW2TableCache.frontCount)
-    private var loading: [Int: QCOW2WaitQueue] = [:]
+    private var loading: [Int: WaitQueue] = [:]
     private(set) var dirty: [Slice] = []
 
     /// - Parameter loads: what a node for tests below is told before a slice is read.
@@ -106,7 +107,7 @@ final class QCOW2TableCache {
     ) async throws(BlockError) -> Slice {
         while let queue = loading[key] { await queue.wait() }
         if let slice = lookup(key) { return slice }
-        let queue = QCOW2WaitQueue()
+        let queue = WaitQueue()
         loading[key] = queue
         defer {
             loading[key] = nil

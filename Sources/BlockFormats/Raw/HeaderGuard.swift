@@ -1,5 +1,6 @@
 import BlockCore
 import BlockGraph
+import BlockIO
 
 /// Keeps a guest from giving its raw disk another format's header.
 ///
@@ -11,7 +12,7 @@ final class HeaderGuard {
 
     private let registry: DriverRegistry
     private var isBusy = false
-    private var sleepers: [UnsafeContinuation<Void, Never>] = []
+    private let turn = WaitQueue()
 
     init(_ registry: DriverRegistry) {
         self.registry = registry
@@ -23,13 +24,11 @@ final class HeaderGuard {
     func write(
         _ offset: Int, from vector: IOVector, _ flags: WriteFlags, to file: Edge, at start: Int
     ) async throws(BlockError) {
-        while isBusy { await withUnsafeContinuation { sleepers.append($0) } }
+        while isBusy { await turn.wait() }
         isBusy = true
         defer {
             isBusy = false
-            let woken = sleepers
-            sleepers = []
-            for continuation in woken { continuation.resume() }
+            turn.wakeAll()
         }
         // What will stand there: what does now, and over it what is being written.
         let count = min(Self.byteCount, file.size - start)

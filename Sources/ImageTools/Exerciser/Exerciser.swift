@@ -36,7 +36,7 @@ public final class Exerciser: @unchecked Sendable {
     /// Set by a command that failed in a way that its result line tells already.
     var hasFailed = false
     private var asynchronousCount = 0
-    private var sleepers: [UnsafeContinuation<Void, Never>] = []
+    private let asynchronousEnd = WaitQueue()
 
     /// - Parameters:
     ///   - standard: how images are opened where a command does not say otherwise.
@@ -161,10 +161,7 @@ public final class Exerciser: @unchecked Sendable {
         session.thread.spawn { [self] in
             await work()
             asynchronousCount -= 1
-            guard asynchronousCount == 0 else { return }
-            let woken = sleepers
-            sleepers = []
-            for continuation in woken { continuation.resume() }
+            if asynchronousCount == 0 { asynchronousEnd.wakeAll() }
         }
     }
 
@@ -173,9 +170,7 @@ public final class Exerciser: @unchecked Sendable {
 
     /// Waits for all of them.
     func settle() async {
-        while asynchronousCount > 0 {
-            await withUnsafeContinuation { sleepers.append($0) }
-        }
+        while asynchronousCount > 0 { await asynchronousEnd.wait() }
     }
 
     /// Says that a request failed: its result line, and why.

@@ -412,7 +412,7 @@ final class QCOW2Check {
         let memory: IOSlice
         var error: BlockError?
         var isDone = false
-        let queue = QCOW2WaitQueue()
+        let queue = WaitQueue()
         init(_ memory: IOSlice) { self.memory = memory }
     }
 
