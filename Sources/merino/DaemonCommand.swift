@@ -4,7 +4,7 @@ import BlockIO
 import StorageDaemon
 
 /// `merino daemon`: the storage daemon, with the options of `qemu-storage-daemon(1)`.
-struct DaemonCommand: ParsableCommand {
+struct DaemonCommand: PassthroughCommand {
     static let configuration = CommandConfiguration(
         commandName: "daemon", _superCommandName: "merino",
         abstract: "Serve disk images, controlled over QMP.")

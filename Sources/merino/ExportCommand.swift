@@ -1,5 +1,6 @@
 import ArgumentParser
 import BlockCore
+import StorageDaemon
 
 #if canImport(Glibc)
 import Glibc
@@ -26,7 +27,20 @@ struct ExportCommand: ParsableCommand {
     @Flag(help: "Clients may write.") var writable = false
     @Flag(help: "Follow nothing that the image names; its format must be given.")
     var untrusted = false
-    @OptionGroup var place: ExportPlace
+    @Option(
+        name: [.customShort("k", allowingJoined: true), .long],
+        help: "Listen on this Unix socket.")
+    var socket: String?
+    @Option(
+        name: [.customShort("p", allowingJoined: true), .long], help: "Listen on this TCP port.")
+    var port: UInt16?
+    @Option(
+        name: [.customShort("b", allowingJoined: true), .long], help: "Listen on this address.")
+    var bind: String?
+    @Option(
+        name: [.customShort("x", allowingJoined: true), .customLong("export-name")],
+        help: "The export's name.")
+    var exportName = ""
 
     func validate() throws {
         if snapshot != nil, writable {
@@ -35,21 +49,27 @@ struct ExportCommand: ParsableCommand {
     }
 
     func run() throws {
-        var arguments = ["--persistent", "--shared", "0", "--print-uri"]
-        func add(_ name: String, _ value: String?) {
-            if let value { arguments += [name, value] }
+        var options = ServeOptions()
+        options.file = file
+        options.format = form.format
+        options.imageOptions = form.imageOptions
+        options.loadSnapshot = snapshot
+        options.readOnly = !writable
+        options.untrusted = untrusted
+        options.persistent = true
+        options.shared = 0
+        options.printsURI = true
+        options.place.socket = socket
+        options.place.port = port.map { Int($0) }
+        options.place.bind = bind
+        options.place.exportName = exportName
+        if !options.place.hasSocketOrAddress {
+            options.place.socket = "/tmp/merino-export-\(getpid()).sock"
         }
-        add("--load-snapshot", snapshot)
-        add("--format", form.format)
-        add("--port", place.port.map { String($0) })
-        add("--bind", place.bind)
-        add("--export-name", place.exportName)
-        if form.imageOptions { arguments.append("--image-opts") }
-        if untrusted { arguments.append("--untrusted") }
-        if !writable { arguments.append("--read-only") }
-        let ownSocket = "/tmp/merino-export-\(getpid()).sock"
-        add("--socket", place.hasSocketOrAddress ? place.socket : ownSocket)
-        let serve = try ServeCommand.parse(arguments + ["--", file])
-        try serve.run()
+        let program = ServeProgram(options: options)
+        try Failure.rethrow { () throws(BlockError) in
+            try program.options.validate()
+            try program.run()
+        }
     }
 }

@@ -47,13 +47,19 @@ import ImageTools
             + ToolSession.registry.drivers.map(\.name).sorted().joined(separator: " ") + "\n"
     }
 
-    /// The command of a line that begins with its name. Parsed alone, as one that knows what it belongs to
-    /// (`_superCommandName`), it is ready in half the time that the tree of all commands takes; the daemon has rules
-    /// of its own, so that its words need no other parser. nil: the tree has to look at the line, for it is wrong
-    /// or asks for help.
+    private static let passthroughCommands: [any PassthroughCommand.Type] = [
+        DaemonCommand.self, ServeCommand.self,
+    ]
+
+    /// The command of a line that begins with its name, or asks for its help. One that reads its words by itself
+    /// gets them as they are. Another one parsed alone, as one that knows what it belongs to (`_superCommandName`), is
+    /// ready in half the time that the tree of all commands takes. nil: the tree has to look at the line, for it
+    /// is wrong or asks for help.
     private static func parsedAlone(_ arguments: [String]) -> (any ParsableCommand)? {
-        if arguments.first == DaemonCommand._commandName {
-            return DaemonCommand(Array(arguments.dropFirst()))
+        let asksForHelp = arguments.count == 2 && arguments[0] == "help"
+        let asked = asksForHelp ? arguments[1] : arguments.first
+        if let type = passthroughCommands.first(where: { $0._commandName == asked }) {
+            return type.init(asksForHelp ? ["--help"] : Array(arguments.dropFirst()))
         }
         guard let name = arguments.first,
             let type = configuration.subcommands.first(where: { $0._commandName == name }),
@@ -90,4 +96,10 @@ import ImageTools
             end(error is ExitCode ? code.rawValue : 1)
         }
     }
+}
+
+/// A command that reads its words by itself: the tree of commands, the completions and the manual know it, and no
+/// description of its options has to be built before it can start.
+protocol PassthroughCommand: ParsableCommand {
+    init(_ arguments: [String])
 }

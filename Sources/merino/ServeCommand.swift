@@ -14,118 +14,65 @@ import Musl
 #endif
 
 /// `merino serve`: one image over NBD, with the options of `qemu-nbd(8)`.
-struct ServeCommand: ParsableCommand {
+struct ServeCommand: PassthroughCommand {
     static let configuration = CommandConfiguration(
-        commandName: "serve", _superCommandName: "merino",
-        abstract: "Serve one image over NBD, as qemu-nbd does.",
-        discussion: """
-            It ends on SIGINT, SIGTERM or SIGHUP, or without -t when the last client has left. \
-            Listening sockets of a service manager (LISTEN_FDS) take the place of -k, -p and -b.
-            """)
+        commandName: "serve", _superCommandName: "merino", abstract: ServeOptions.abstract)
 
-    @Argument(help: "The image.") var file: String?
-    @OptionGroup var mode: ServeMode
-    @OptionGroup var opening: ServeOpening
-    @OptionGroup var refused: RefusedServeOptions
-    @OptionGroup var place: ExportPlace
-    @Option(
-        name: [.customShort("D", allowingJoined: true), .long],
-        help: "What the export is, for people.")
-    var description = ""
-    @Option(
-        name: [.customShort("e", allowingJoined: true), .long],
-        help: "Clients at a time; 0 for no limit.")
-    var shared = 1
-    @Flag(name: [.customShort("t"), .long], help: "Go on when the last client has left.")
-    var persistent = false
-    @Flag(name: [.customShort("v"), .long], help: "Say what happens.")
-    var verbose = false
-    @Option(
-        name: .customLong("handshake-limit"), help: "Seconds a client may take to negotiate.")
-    var handshakeLimit = 10
-    @Flag(name: [.customShort("A"), .customLong("allocation-depth")], help: "Tell how deep.")
-    var allocationDepth = false
-    @Option(
-        name: [.customShort("B", allowingJoined: true), .long],
-        help: "Offer this dirty bitmap; may be given again.")
-    var bitmap: [String] = []
-    @Option(name: .customLong("tls-creds"), help: "Clients must use TLS, with these credentials.")
-    var tlsCredentials: String?
-    @Option(name: .customLong("tls-authz"), help: "Whom the authorization object lets in.")
-    var tlsAuthorization: String?
-    @Option(help: "Credentials, authorization lists and secrets, with id=… and the like.")
-    var object: [String] = []
-    @OptionGroup var tracing: TraceArguments
-    @Option(name: .customLong("pid-file"), help: "Write the process's number here when ready.")
-    var pidFile: String?
-    @Flag(
-        name: .customLong("print-uri"), help: "Print the export's NBD URI when clients can come.")
-    var printURI = false
-    @Flag(name: .customLong("fork"), help: "Return when ready; go on in the background.")
-    var forks = false
+    @Argument(
+        parsing: .captureForPassthrough, help: "See merino serve --help.",
+        completion: .list(ServeOptions.names))
+    var arguments: [String] = []
 
-    func validate() throws {
-        guard shared >= 0, handshakeLimit >= 0 else {
-            throw ValidationError("--shared and --handshake-limit cannot be negative")
-        }
-        if place.socket != nil, place.hasAddress {
-            throw ValidationError("--socket and --port or --bind exclude each other")
-        }
-        if tlsAuthorization != nil, tlsCredentials == nil {
-            throw ValidationError("--tls-authz needs --tls-creds")
-        }
-        try mode.validate(hasFile: file != nil)
-        if mode.list, isAboutAnExport {
-            throw ValidationError("--list is incompatible with options of an export")
-        }
-        if mode.tlsHostname != nil, !mode.list || tlsCredentials == nil {
-            throw ValidationError("--tls-hostname is for --list with --tls-creds")
-        }
-        if mode.connect != nil, place.hasSocketOrAddress {
-            throw ValidationError("--connect and --socket, --port or --bind exclude each other")
-        }
-    }
+    init() {}
 
-    private var isAboutAnExport: Bool {
-        place.exportName != "" || description != "" || allocationDepth || !bitmap.isEmpty
-            || opening.form.format != nil || opening.offset != nil || tlsAuthorization != nil
-    }
+    init(_ arguments: [String]) { self.arguments = arguments }
 
     func run() throws {
         try Failure.rethrow { () throws(BlockError) in
-            try refused.check()
-            if try tracing.apply(strictly: true) { return }
-            if let device = mode.disconnect { return try NetworkBlockDevice.disconnect(device) }
-            if mode.list { return try listExports() }
-            // A device stays when the command returns.
-            if forks || (mode.connect != nil && !verbose), !Background.isChild {
-                guard !ServiceManager.hasDescriptors else {
-                    throw BlockError(
-                        .invalidArgument,
-                        "inherited sockets (LISTEN_FDS) are meant for this process alone: it cannot "
-                            + "serve them from the background",
-                        remedy: "leave out --fork: a service manager runs what it starts in the "
-                            + "background")
-                }
-                try Background.start()
-            }
-            try serve()
+            let options = try ServeOptions(arguments)
+            if options.wantsHelp { return StandardOutput.print(ServeOptions.help) }
+            if options.wantsVersion { return StandardOutput.print(Merino.line.version + "\n") }
+            try ServeProgram(options: options).run()
         }
+    }
+}
+
+/// What `serve` does with its options, and `export` with those that it gives it.
+struct ServeProgram {
+    let options: ServeOptions
+
+    func run() throws(BlockError) {
+        if try TraceArguments.apply(options.traces, strictly: true) { return }
+        if let device = options.disconnect { return try NetworkBlockDevice.disconnect(device) }
+        if options.list { return try listExports() }
+        // A device stays when the command returns.
+        if options.forks || (options.connect != nil && !options.verbose), !Background.isChild {
+            guard !ServiceManager.hasDescriptors else {
+                throw BlockError(
+                    .invalidArgument,
+                    "inherited sockets (LISTEN_FDS) are meant for this process alone: it cannot "
+                        + "serve them from the background",
+                    remedy: "leave out --fork: a service manager runs what it starts in the "
+                        + "background")
+            }
+            try Background.start()
+        }
+        try serve()
     }
 
     /// The objects of `--object`.
     private func objects(on thread: IOThread) async throws(BlockError) -> StorageDaemon {
         let objects = StorageDaemon(on: thread)
-        for text in object { try await objects.addObject(text) }
+        for text in options.objects { try await objects.addObject(text) }
         return objects
     }
 
     /// Those of `--object` that the image's options name.
     private func secrets() throws(BlockError) -> [String] {
         var result: [String] = []
-        for text in object {
-            let options = try KeyValue.parse(text, impliedKey: "qom-type")
-            if case .string(let type)? = options["qom-type"], type.hasPrefix("secret") {
+        for text in options.objects {
+            let object = try KeyValue.parse(text, impliedKey: "qom-type")
+            if case .string(let type)? = object["qom-type"], type.hasPrefix("secret") {
                 result.append(text)
             }
         }
@@ -135,13 +82,14 @@ struct ServeCommand: ParsableCommand {
     // MARK: List
 
     private func listExports() throws(BlockError) {
-        let command = self
+        let program = self
+        let options = options
         let exports = try ToolSession.run { session throws(BlockError) in
-            let objects = try await command.objects(on: session.thread)
-            let credentials = try command.tlsCredentials.map { name throws(BlockError) in
+            let objects = try await program.objects(on: session.thread)
+            let credentials = try options.tlsCredentials.map { name throws(BlockError) in
                 try objects.tlsCredentials(name, for: .client)
             }
-            let hostname = command.mode.tlsHostname ?? command.place.connectedHost
+            let hostname = options.tlsHostname ?? options.place.connectedHost
             guard hostname != nil || credentials?.checksName != true else {
                 throw BlockError(
                     .invalidArgument,
@@ -149,10 +97,10 @@ struct ServeCommand: ParsableCommand {
                     remedy: "give the name in the certificate with --tls-hostname")
             }
             return try await NBDRemoteServer.exports(
-                at: try command.place.address(connecting: true), credentials, hostname: hostname,
+                at: try options.place.address(connecting: true), credentials, hostname: hostname,
                 on: session.thread)
         }
-        StandardOutput.print(ServeMode.describe(exports))
+        StandardOutput.print(ExportListing.describe(exports))
     }
 
     // MARK: Serve
@@ -160,50 +108,51 @@ struct ServeCommand: ParsableCommand {
     private func serverOptions(
         on thread: IOThread
     ) async throws(BlockError) -> NBDServer.Options {
-        var options = NBDServer.Options()
-        options.connectionCountMax = shared
-        options.handshakeSeconds = handshakeLimit
+        var result = NBDServer.Options()
+        result.connectionCountMax = options.shared ?? 1
+        result.handshakeSeconds = options.handshakeLimit ?? 10
         let objects = try await objects(on: thread)
-        if let tlsCredentials {
-            options.credentials = try objects.tlsCredentials(tlsCredentials, for: .server)
+        if let credentials = options.tlsCredentials {
+            result.credentials = try objects.tlsCredentials(credentials, for: .server)
         }
-        if let tlsAuthorization {
-            options.authorize = try objects.authorization(tlsAuthorization)
+        if let authorization = options.tlsAuthorization {
+            result.authorize = try objects.authorization(authorization)
         }
-        return options
+        return result
     }
 
     private func serve() throws(BlockError) {
-        let source = try opening.source(file ?? "", secrets: try secrets())
+        let source = try options.source(secrets: try secrets())
         let inherited = try ServiceManager.takeDescriptors().map(\.descriptor)
-        guard inherited.isEmpty || !place.hasSocketOrAddress else {
+        guard inherited.isEmpty || !options.place.hasSocketOrAddress else {
             throw BlockError(
                 .invalidArgument, "-k, -p and -b are of no use with inherited sockets",
                 remedy: "leave them out, or unset LISTEN_FDS")
         }
         // Locked first, so that a second server ends before it touches anything.
-        let pidFile = try self.pidFile.map { path throws(BlockError) in try PIDFile(path) }
+        let pidFile = try options.pidFile.map { path throws(BlockError) in try PIDFile(path) }
         defer { pidFile?.remove() }
         SignalSource.block(EndingSignal.signals)
         try ToolSession.run { session throws(BlockError) in
             let ending = try EndingSignal(in: session)
             defer { ending.raise() }
-            let options = try await serverOptions(on: session.thread)
-            let node = try await opening.open(source, in: session)
+            let serverOptions = try await serverOptions(on: session.thread)
+            let node = try await options.open(source, in: session)
             var bitmaps: [NBDExport.Bitmap] = []
-            for name in bitmap { bitmaps.append(try .init(named: name, below: node)) }
+            for name in options.bitmaps { bitmaps.append(try .init(named: name, below: node)) }
             for found in bitmaps { await found.bitmap.load() }
             let export = try NBDExport(
-                name: place.exportName, description: description, node: node,
-                writable: opening.isWritable, allocationDepth: allocationDepth, bitmaps: bitmaps)
+                name: options.place.exportName ?? "", description: options.description ?? "",
+                node: node, writable: options.isWritable,
+                allocationDepth: options.allocationDepth, bitmaps: bitmaps)
             export.edge?.isWriteThrough = source.cache.isWriteThrough
             node.release("command")
-            let isVerbose = verbose
-            let server = NBDServer(on: session.thread, options) { message in
+            let isVerbose = options.verbose
+            let server = NBDServer(on: session.thread, serverOptions) { message in
                 if isVerbose { StandardError.print("\(Merino.program): \(message)") }
             }
             try server.add(export)
-            if mode.connect == nil { try listen(server, inherited) }
+            if options.connect == nil { try listen(server, inherited) }
             try await serveUntilDone(server, pidFile, ending, on: session.thread)
         }
     }
@@ -214,17 +163,19 @@ struct ServeCommand: ParsableCommand {
                 on: try Listener(adopting: IOHandle(descriptor), thread: server.thread))
         }
         if inherited.isEmpty {
-            server.listen(on: try Listener(on: try place.address(), thread: server.thread))
+            server.listen(on: try Listener(on: try options.place.address(), thread: server.thread))
         }
     }
 
     private func serveUntilDone(
         _ server: NBDServer, _ pidFile: PIDFile?, _ ending: EndingSignal, on thread: IOThread
     ) async throws(BlockError) {
-        if !persistent || mode.connect != nil { server.lastClientLeft = { ending.raise() } }
+        if !options.persistent || options.connect != nil {
+            server.lastClientLeft = { ending.raise() }
+        }
         let device = try await connectDevice(to: server)
         try pidFile?.write()
-        if printURI { StandardOutput.print(try place.uri() + "\n") }
+        if options.printsURI { StandardOutput.print(try options.place.uri() + "\n") }
         Background.ready()
         ServiceManager.notify("READY=1\nMAINPID=\(getpid())")
         CodePages.release(after: 1, on: thread)
@@ -238,90 +189,10 @@ struct ServeCommand: ParsableCommand {
     private func connectDevice(
         to server: NBDServer
     ) async throws(BlockError) -> NetworkBlockDevice? {
-        guard let path = mode.connect else { return nil }
+        guard let path = options.connect else { return nil }
         let device = try NetworkBlockDevice(path, on: server.thread)
-        try await device.attach(to: server, place.exportName)
-        if verbose { StandardError.print("\(Merino.program): \(path) is connected") }
+        try await device.attach(to: server, options.place.exportName ?? "")
+        if options.verbose { StandardError.print("\(Merino.program): \(path) is connected") }
         return device
-    }
-}
-
-/// How `serve` opens its image.
-struct ServeOpening: ParsableArguments {
-    @OptionGroup var form: ImageFormArguments
-    @Option(
-        name: [.customShort("o", allowingJoined: true), .long],
-        help: "Serve the image from this byte on.")
-    var offset: String?
-    @Flag(name: [.customShort("r"), .customLong("read-only")], help: "Let nobody write.")
-    var readOnly = false
-    @Flag(name: [.customShort("n"), .long], help: "The same as --cache=none.")
-    var nocache = false
-    @Option(help: "none, writeback, writethrough, directsync or unsafe.")
-    var cache = "writeback"
-    @Flag(help: "Follow nothing that the image names; its format must be given.")
-    var untrusted = false
-    @Option(help: "threads, native or io_uring.")
-    var aio: String?
-    @Option(help: "ignore or unmap.")
-    var discard = "ignore"
-    @Option(name: .customLong("detect-zeroes"), help: "off, on or unmap.")
-    var detectZeroes: String?
-    @Flag(
-        name: [.customShort("s"), .long],
-        help: "Write to a temporary file, which is gone at the end.")
-    var snapshot = false
-    @Option(
-        name: [.customShort("l", allowingJoined: true), .customLong("load-snapshot")],
-        help: "Serve this snapshot inside the image: snapshot.id=…, snapshot.name=…, or either.")
-    var loadSnapshot: String?
-
-    /// Whether clients may write.
-    var isWritable: Bool { !readOnly && loadSnapshot == nil }
-
-    func source(_ name: String, secrets: [String]) throws(BlockError) -> ImageSource {
-        var source = form.source(name)
-        source.objects = secrets
-        // A temporary overlay takes the writes.
-        source.isWritable = isWritable && !snapshot
-        source.cache = nocache ? .none : try CacheMode(named: cache)
-        source.discards = try ImageSource.discards(mode: discard)
-        source.zeroDetection = detectZeroes
-        source.asynchronousIO = aio
-        source.isUntrusted = untrusted
-        source.warnOfProbing()
-        return source
-    }
-
-    /// Opens the image, held as "command".
-    func open(
-        _ source: ImageSource, in session: ToolSession
-    ) async throws(BlockError) -> BlockNode {
-        var start = 0
-        if let offset { start = try ArgumentText.size(offset, "the offset") }
-        guard snapshot || loadSnapshot != nil else {
-            return try await session.open(source, from: start)
-        }
-        var node = try await session.open(source)
-        if let loadSnapshot { node = try await session.openSnapshot(loadSnapshot, of: node) }
-        if snapshot, isWritable {
-            node = try await session.openOverlay(above: node, in: ToolSession.temporaryFolder)
-        }
-        if start > 0 { node = try await session.openWindow(of: node, from: start) }
-        return node
-    }
-}
-
-/// Options of `qemu-nbd(8)` that are not there: each is refused by its name.
-struct RefusedServeOptions: ParsableArguments {
-    @Option(name: [.customShort("P"), .long], help: .hidden) var partition: String?
-
-    func check() throws(BlockError) {
-        if partition != nil {
-            throw BlockError(
-                .unsupported, "--partition is no option of qemu-nbd any more",
-                remedy: "serve the part of the image with --offset, or with --image-opts "
-                    + "driver=raw,offset=…,size=…")
-        }
     }
 }

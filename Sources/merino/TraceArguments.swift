@@ -10,8 +10,8 @@ struct TraceArguments: ParsableArguments {
     var trace: [String] = []
 
     /// - Returns: whether only the list of events was asked for.
-    func apply(strictly: Bool = false) throws(BlockError) -> Bool {
-        try Self.apply(trace, strictly: strictly)
+    func apply() throws(BlockError) -> Bool {
+        try Self.apply(trace)
     }
 
     /// Switches events on.

@@ -23,10 +23,10 @@ import Testing
         return try all.compactMap { entry in
             guard let name = entry["commandName"] as? String, name != "help" else { return nil }
             var options = (entry["arguments"] as? [[String: Any]] ?? []).compactMap(names)
-            // The daemon's options are in its own help: their order counts.
-            if name == "daemon" {
-                options = try place.merino("daemon", "--help").output.split(separator: "\n")
-                    .filter { $0.hasPrefix("  -") }.map { tokens(in: String($0)) }
+            // These read their own words. Their options stand where the rows of their help begin.
+            if ["daemon", "serve"].contains(name) {
+                options = try place.merino(name, "--help").output.split(separator: "\n")
+                    .filter { $0.hasPrefix("  -") }.map { tokens(in: String($0.prefix(26))) }
             }
             return Command(
                 name: name, isShown: entry["shouldDisplay"] as? Bool ?? true,
@@ -51,6 +51,13 @@ import Testing
 
     private static func page(_ command: Command) throws -> String {
         try String(contentsOfFile: "\(root)/docs/commands/\(command.name).md", encoding: .utf8)
+    }
+
+    @Test(arguments: [["help", "serve"], ["serve", "-h"], ["serve", "a", "b", "--help"]])
+    func theServersHelpIsShown(words: [String]) throws {
+        let result = try Workplace().run(Workplace.merino, words)
+        #expect(result.status == 0 && result.errors == "")
+        #expect(result.output.contains("\n  -k, --socket <socket> "))
     }
 
     @Test func everyCommandHasAPageThatTheIndexNames() throws {
@@ -116,8 +123,9 @@ import Testing
         ] {
             let text = try String(contentsOfFile: path, encoding: .utf8)
             for command in commands { #expect(text.contains(command.name), "\(path)") }
-            // The daemon parses its options by itself.
+            // The daemon and the server read their options by themselves.
             #expect(text.contains("--nbd-server"), "\(path)")
+            #expect(text.contains("--handshake-limit"), "\(path)")
         }
     }
 }

@@ -1,40 +1,7 @@
-import ArgumentParser
 import NBDProtocol
 
-/// What `serve` does instead of waiting for clients.
-struct ServeMode: ParsableArguments {
-    @Flag(name: [.customShort("L"), .long], help: "Tell what another server exports, and end.")
-    var list = false
-    @Option(
-        name: .customLong("tls-hostname"),
-        help: "With --list: the name that the server's certificate must have.")
-    var tlsHostname: String?
-    @Option(
-        name: [.customShort("c", allowingJoined: true), .long],
-        help: "Connect this device, /dev/nbdN, to the image (Linux).")
-    var connect: String?
-    @Option(
-        name: [.customShort("d", allowingJoined: true), .long],
-        help: "Disconnect this device, and end.")
-    var disconnect: String?
-
-    func validate(hasFile: Bool) throws {
-        let others = [list, connect != nil, disconnect != nil].filter { $0 }.count
-        guard others <= 1 else {
-            throw ValidationError("--list, --connect and --disconnect exclude each other")
-        }
-        if list || disconnect != nil {
-            guard !hasFile else {
-                throw ValidationError(
-                    "\(list ? "--list" : "--disconnect") is incompatible with a file name")
-            }
-        } else if !hasFile {
-            throw ValidationError("Missing expected argument '<file>'")
-        }
-    }
-
-    // MARK: List
-
+/// What `serve --list` tells of another server.
+enum ExportListing {
     private static let flagNames: [(NBDTransmissionFlags, String)] = [
         (.readOnly, "readonly"), (.sendFlush, "flush"), (.sendFUA, "fua"),
         (.rotational, "rotational"), (.sendTrim, "trim"), (.sendWriteZeroes, "zeroes"),

@@ -1,0 +1,54 @@
+import BlockCore
+import BlockIO
+import QMP
+
+/// Where clients find an export: on which socket, and under which name.
+public struct ExportPlace: Sendable {
+    private static let portStandard: UInt16 = 10809
+
+    /// The path of a Unix socket.
+    public var socket: String?
+    /// A TCP port, from 0 to 65535.
+    public var port: Int?
+    /// The address that belongs to the port.
+    public var bind: String?
+    /// nil: the nameless export.
+    public var exportName: String?
+
+    public init() {}
+
+    public var hasSocketOrAddress: Bool { socket != nil || hasAddress }
+    public var hasAddress: Bool { port != nil || bind != nil }
+    private var portNumber: UInt16 { port.map { UInt16(clamping: $0) } ?? Self.portStandard }
+
+    /// Where a client connects to; a certificate is for the name that was connected to.
+    public var connectedHost: String? {
+        socket == nil ? bind ?? "localhost" : nil
+    }
+
+    /// The address to listen on, or to connect to.
+    public func address(connecting: Bool = false) throws(BlockError) -> SocketAddress {
+        if let socket { return .unix(path: socket) }
+        let host = (connecting ? connectedHost : bind) ?? "0.0.0.0"
+        guard
+            let first = try SocketAddress.resolve(
+                host: host, port: portNumber, passive: !connecting
+            ).first
+        else { throw BlockError(.notFound, "cannot resolve '\(host)'") }
+        return first
+    }
+
+    /// The export's NBD URI.
+    public func uri() throws(BlockError) -> String {
+        let export = exportName ?? ""
+        if let socket {
+            return try NBDURI.text(
+                address: ["type": "unix", "path": .string(socket)], export: export)
+        }
+        return try NBDURI.text(
+            address: [
+                "type": "inet", "host": .string(bind ?? "0.0.0.0"),
+                "port": .string(String(portNumber)),
+            ], export: export)
+    }
+}

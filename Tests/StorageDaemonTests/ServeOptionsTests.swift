@@ -1,0 +1,97 @@
+import BlockCore
+import Testing
+
+@testable import StorageDaemon
+
+@Suite struct ServeOptionsTests {
+    @Test(arguments: [
+        ["-k", "s", "a.raw"], ["-ks", "a.raw"], ["-k=s", "a.raw"], ["--socket", "s", "a.raw"],
+        ["--socket=s", "a.raw"], ["a.raw", "-k", "s"], ["-k", "s", "--", "a.raw"],
+        ["-k", "none", "--socket", "s", "a.raw"],
+    ])
+    func aValueIsGivenInAnyForm(words: [String]) throws {
+        let options = try ServeOptions(words)
+        #expect(options.place.socket == "s" && options.file == "a.raw")
+    }
+
+    @Test func lettersStandTogether() throws {
+        let options = try ServeOptions(["-rtk", "s", "-vAe3", "a.raw"])
+        #expect(options.readOnly && options.persistent && options.verbose)
+        #expect(options.allocationDepth && options.shared == 3)
+        #expect(options.place.socket == "s" && options.file == "a.raw")
+        #expect(!options.snapshot && !options.nocache && !options.forks)
+    }
+
+    @Test func someOptionsCollectAndOfOthersTheLastCounts() throws {
+        let options = try ServeOptions([
+            "-B", "a", "--bitmap=b", "--object", "x", "--object", "y", "-T", "t", "--trace=u",
+            "-f", "raw", "-f", "qcow2", "image",
+        ])
+        #expect(options.bitmaps == ["a", "b"] && options.objects == ["x", "y"])
+        #expect(options.traces == ["t", "u"] && options.format == "qcow2")
+    }
+
+    @Test(arguments: [
+        (["-x", "-r", "a"], "-r"), (["--export-name=", "a"], ""), (["-x", "", "a"], ""),
+        (["--export-name=a=b", "a"], "a=b"), (["-x", "--", "a"], "--"),
+    ])
+    func aValueMayBeAnyWord(words: [String], name: String) throws {
+        let options = try ServeOptions(words)
+        #expect(options.place.exportName == name && options.file == "a" && !options.readOnly)
+    }
+
+    @Test(arguments: [["--", "-r"], ["-"], [""]])
+    func whatIsNoOptionIsTheFile(words: [String]) throws {
+        let options = try ServeOptions(words)
+        #expect(options.file == words.last && !options.readOnly)
+    }
+
+    @Test func numbersAreRead() throws {
+        let options = try ServeOptions(["-p", "0", "--handshake-limit", "5", "-e0", "a"])
+        #expect(options.place.port == 0 && options.handshakeLimit == 5 && options.shared == 0)
+        #expect(try ServeOptions(["--port=65535", "a"]).place.port == 65535)
+    }
+
+    @Test(arguments: [
+        ["-h"], ["--help", "a", "b"], ["-rh", "--nosuch"], ["-V"], ["--version", "-k"],
+    ])
+    func helpAndVersionNeedNothingElse(words: [String]) throws {
+        let options = try ServeOptions(words)
+        #expect(options.wantsHelp != options.wantsVersion)
+    }
+
+    @Test(arguments: [
+        (["--read-onyl", "a"], "did you mean '--read-only'?"), (["-rq", "a"], "'-q', as in '-rq'"),
+        (["-qersistent", "a"], "'--persistent'"), (["--=", "a"], "'--'"),
+        (["a", "-k"], "'-k' needs a value"), (["-rk"], "'-k' needs a value"),
+        (["--fork=1", "a"], "'--fork' takes no value"), (["-r=1", "a"], "'-r' takes no value"),
+        (["-e", "x", "a"], "'-e' takes a number, not 'x'"),
+        (["--shared=99999999999999999999", "a"], "'--shared' takes a number"),
+        (["-p", "65536", "a"], "from 0 to 65535, not '65536'"), (["-p", "", "a"], "not ''"),
+        (["--port=-1", "a"], "not '-1'"), (["-e-1", "a"], "cannot be negative"),
+        (["--handshake-limit", "-1", "a"], "cannot be negative"), (["a", "b"], "argument 'b'"),
+        (["-r"], "file to serve is missing"), (["-L", "a"], "--list is incompatible with a file"),
+        (["-d", "x", "a"], "--disconnect is incompatible"), (["-d", "x", "-L"], "exclude"),
+        (["-k", "s", "-b", "x", "a"], "exclude"), (["-c", "x", "-k", "s", "a"], "--connect"),
+        (["--tls-authz", "x", "a"], "needs --tls-creds"), (["-L", "-D", "x"], "of an export"),
+        (["--tls-hostname", "x", "a"], "for --list"), (["-P", "1", "a"], "--offset"),
+    ])
+    func whatIsWrongIsSaid(words: [String], part: String) {
+        do throws(BlockError) {
+            _ = try ServeOptions(words)
+            Issue.record("accepted: \(words)")
+        } catch {
+            #expect(error.description.contains(part), "\(error)")
+        }
+    }
+
+    @Test func theHelpHasARowForEachOption() {
+        let lines = ServeOptions.help.split(separator: "\n")
+        for name in ServeOptions.names {
+            #expect(lines.contains { "\($0) ".prefix(40).contains(" \(name) ") }, "\(name)")
+        }
+        #expect(lines.allSatisfy { $0.count <= 80 })
+        #expect(lines.contains("  -k, --socket <socket>   Listen on this Unix socket."))
+        #expect(!ServeOptions.help.contains("--partition"))
+    }
+}
