@@ -71,12 +71,18 @@ public struct ImageInfo: Sendable {
             if let given, let name = extendedName(given, info) { info.filename = name }
             result.append(info)
             next = nil
-            guard chain, !source.isUntrusted, let path = info.backingPath else { break }
-            // A name that says so ends the chain, as it does where the images are read; it may be of an
-            // image further up. What the user gives for the top one hides nothing that the image says.
-            if result.count > 1, given?["backing"] == .null { break }
+            guard chain, !source.isUntrusted else { break }
+            var below: ImageSource
+            // What a name says counts, as it does where the images are read. What the user gives for the top
+            // one hides nothing that the image says.
+            if result.count > 1, let backing = given?["backing"] {
+                guard case .object(let options) = backing else { break }
+                below = ImageSource(JSONValue.object(options).text(), isOptions: true)
+            } else {
+                guard let path = info.backingPath else { break }
+                below = ImageSource(path, format: info.backingFormat)
+            }
             try above.add(source)
-            var below = ImageSource(path, format: info.backingFormat)
             below.sharesAll = source.sharesAll
             below.objects = source.objects
             next = below

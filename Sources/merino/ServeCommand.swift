@@ -43,7 +43,9 @@ struct ServeProgram {
 
     func run() throws(BlockError) {
         if try TraceArguments.apply(options.traces, strictly: true) { return }
-        if let device = options.disconnect { return try NetworkBlockDevice.disconnect(device) }
+        if options.disconnect, let device = options.file {
+            return try NetworkBlockDevice.disconnect(device)
+        }
         if options.list { return try listExports() }
         // A device stays when the command returns.
         if options.forks || (options.connect != nil && !options.verbose), !Background.isChild {

@@ -71,7 +71,8 @@ import Testing
         (["--port=-1", "a"], "not '-1'"), (["-e-1", "a"], "cannot be negative"),
         (["--handshake-limit", "-1", "a"], "cannot be negative"), (["a", "b"], "argument 'b'"),
         (["-r"], "file to serve is missing"), (["-L", "a"], "--list is incompatible with a file"),
-        (["-d", "x", "a"], "--disconnect is incompatible"), (["-d", "x", "-L"], "exclude"),
+        (["-d"], "--disconnect needs the device"), (["-d", "x", "a"], "unexpected argument 'a'"),
+        (["-d", "-L"], "exclude"),
         (["-k", "s", "-b", "x", "a"], "exclude"), (["-c", "x", "-k", "s", "a"], "--connect"),
         (["--tls-authz", "x", "a"], "needs --tls-creds"), (["-L", "-D", "x"], "of an export"),
         (["--tls-hostname", "x", "a"], "for --list"), (["-P", "1", "a"], "--offset"),
@@ -93,5 +94,11 @@ import Testing
         #expect(lines.allSatisfy { $0.count <= 80 })
         #expect(lines.contains("  -k, --socket <socket>   Listen on this Unix socket."))
         #expect(!ServeOptions.help.contains("--partition"))
+    }
+
+    @Test(arguments: [["-d", "-v", "/dev/nbd9"], ["-dv", "/dev/nbd9"], ["/dev/nbd9", "-d"]])
+    func theDeviceToDisconnectIsTheOperand(words: [String]) throws {
+        let options = try ServeOptions(words)
+        #expect(options.disconnect && options.file == "/dev/nbd9")
     }
 }

@@ -79,6 +79,21 @@ import Testing
         #expect(own.status == 0, "\(own.errors)")
     }
 
+    @Test func infoFollowsTheBackingImageThatANameDescribes() throws {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "below", "1M")
+        let file = #""file":{"driver":"file","filename":"#
+        let backing = #"{"driver":"qcow2",\#(file)"below"}}"#
+        let name = #"{"driver":"qcow2",\#(file)"own"},"backing":\#(backing)}"#
+        try place.tool(
+            "qemu-img", "create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", "json:" + name,
+            "own", "1M")
+        let result = try place.merino("info", "--backing-chain", "own")
+        #expect(result.status == 0, "\(result.errors)")
+        let images = result.output.split(separator: "\n").filter { $0.hasPrefix("image: ") }
+        #expect(images.count == 3 && images.last == "image: below", "\(result.output)")
+    }
+
     // MARK: Commit
 
     @Test("commit leaves base and image alike", arguments: ["compat=1.1", "compat=0.10"])

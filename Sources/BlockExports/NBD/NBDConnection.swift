@@ -34,7 +34,7 @@ final class NBDConnection: @unchecked Sendable {
 
     /// Of ``letRequestsGather()``: replies that make it worth a look; how long a client that takes none
     /// holds up its own requests; how often it is left out.
-    private static let gatherBytesMin = 16 << 10
+    private static let gatherBytesMin = 256 << 10
     private static let gatherNanosecondsMax: UInt64 = 500_000
     private static let gatherPauseCount = 16
 
@@ -298,9 +298,9 @@ final class NBDConnection: @unchecked Sendable {
         }
     }
 
-    /// A client with many requests in flight has replies to take before it needs more of them. Waiting
+    /// A client with many long reads in flight has replies to take before it needs more of them. Waiting
     /// until it took most lets its requests gather: one turn of the loop, one receive and one send then
-    /// serve many. A client with few in flight never has so much waiting for it.
+    /// serve many. With fewer, or short ones, it would have nothing to do while it is waited for (``ReplyPace``).
     private func letRequestsGather() async {
         guard output.takeQueuedBytes() >= Self.gatherBytesMin, !output.isBehind else { return }
         if gatherPause > 0 {
@@ -462,11 +462,13 @@ final class NBDConnection: @unchecked Sendable {
     var statusRules: NBDRequestRules? { rules }
 
     /// Queues a message and its data; what is queued counts until it is sent.
+    ///
+    /// - Parameter isLast: whether it ends its request's reply.
     func reply(
-        capacity: Int, data: IOVector? = nil,
+        capacity: Int, data: IOVector? = nil, isLast: Bool = true,
         _ encode: (UnsafeMutableRawBufferPointer) -> Int
     ) throws(BlockError) {
-        try output.append(capacity: capacity, data: data) { memory in
+        try output.append(capacity: capacity, data: data, isLast: isLast) { memory in
             let count = encode(memory)
             bytesInFlight += count + (data?.count ?? 0)
             return count

@@ -24,8 +24,9 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
     private static let headersCapacity = 16 << 10
 
     private static let pieceBytes = 32 << 10
-    /// Messages that leave together: the connection's to say.
+    /// Replies that leave together: the connection's to say.
     var batchCountMax = 1
+    /// Replies whose end is gathered.
     private var gatheredCount = 0
     /// Bytes queued since ``takeQueuedBytes()``.
     private var queuedBytes = 0
@@ -44,9 +45,11 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
 
     /// Queues a message that `encode` writes into memory of `capacity` bytes, and data behind it.
     ///
-    /// - Parameter encode: returns how many bytes it wrote.
+    /// - Parameters:
+    ///   - isLast: whether it ends its request's reply: of a reply in parts nobody has use for some.
+    ///   - encode: returns how many bytes it wrote.
     func append(
-        capacity: Int, data: IOVector? = nil,
+        capacity: Int, data: IOVector? = nil, isLast: Bool = true,
         _ encode: (UnsafeMutableRawBufferPointer) -> Int
     ) throws(BlockError) {
         if failure != nil { return }
@@ -58,7 +61,7 @@ final class NBDOutput: EndOfTurnHook, @unchecked Sendable {
         let added = count + (data?.count ?? 0)
         queuedBytes += added
         unsentBytes += added
-        gatheredCount += 1
+        if isLast { gatheredCount += 1 }
         if gathered.count >= Self.pieceBytes || gatheredCount >= batchCountMax {
             push()
         } else {

@@ -188,7 +188,8 @@ struct NBDRequestExecution {
         let mode = connection.mode
         try connection.reply(
             capacity: NBDReply.headerCountMax,
-            data: isHole ? nil : range.count == data.count ? data : data.slice(start, range.count)
+            data: isHole ? nil : range.count == data.count ? data : data.slice(start, range.count),
+            isLast: flags.contains(.done)
         ) { memory in
             isHole
                 ? NBDReply.hole(range, flags, replyingTo: request, mode: mode, to: memory)
@@ -257,7 +258,9 @@ struct NBDRequestExecution {
                 }
             let isLast = index == identifiers.count - 1
             let mode = connection.mode
-            try connection.reply(capacity: NBDReply.statusCount(extents.count, mode: mode)) {
+            try connection.reply(
+                capacity: NBDReply.statusCount(extents.count, mode: mode), isLast: isLast
+            ) {
                 NBDReply.status(
                     extents, contextID: identifier, isLast ? .done : [], replyingTo: request,
                     mode: mode, to: $0)

@@ -2,14 +2,14 @@ import BlockCore
 
 /// The command line of `merino serve`, as `qemu-nbd(8)` has it.
 public struct ServeOptions: Sendable {
-    /// The image.
+    /// The image; with ``disconnect`` the device.
     public var file: String?
 
     // Instead of waiting for clients.
     public var list = false
     public var tlsHostname: String?
     public var connect: String?
-    public var disconnect: String?
+    public var disconnect = false
 
     // How the image is opened.
     /// nil: found out.
@@ -104,14 +104,17 @@ public struct ServeOptions: Sendable {
     }
 
     private func validateMode() throws(BlockError) {
-        let others = [list, connect != nil, disconnect != nil].filter { $0 }.count
+        let others = [list, connect != nil, disconnect].filter { $0 }.count
         guard others <= 1 else {
             throw Self.wrong("--list, --connect and --disconnect exclude each other")
         }
-        if list || disconnect != nil {
+        if list {
             guard file == nil else {
-                throw Self.wrong(
-                    "\(list ? "--list" : "--disconnect") is incompatible with a file name")
+                throw Self.wrong("--list is incompatible with a file name")
+            }
+        } else if disconnect {
+            guard file != nil else {
+                throw Self.wrong("--disconnect needs the device's name, as in -d /dev/nbd0")
             }
         } else if file == nil {
             throw Self.wrong("the file to serve is missing", remedy: "name an image, or see --help")
@@ -140,7 +143,9 @@ public struct ServeOptions: Sendable {
         .text(
             "c", "connect", "Connect this device, /dev/nbdN, to the image (Linux)."
         ) { $0.connect = $1 },
-        .text("d", "disconnect", "Disconnect this device, and end.") { $0.disconnect = $1 },
+        .flag("d", "disconnect", "Disconnect the device that is named, and end.") {
+            $0.disconnect = true
+        },
         .text("f", "format", "The image's format; found out when not given.") { $0.format = $1 },
         .flag(
             nil, "image-opts", "The image is given as options: driver=qcow2,file.filename=…."
