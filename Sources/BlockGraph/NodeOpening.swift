@@ -131,8 +131,13 @@ private struct StoragePlace {
     let offset: Int
 
     func isSame(as other: StoragePlace) -> Bool {
-        offset == other.offset
-            && (node === other.node || node.driver.isSameStorage(as: other.node.driver))
+        guard offset == other.offset else { return false }
+        if node === other.node || node.driver.isSameStorage(as: other.node.driver) { return true }
+        // An image in an image.
+        guard node.description.name == other.node.description.name,
+            let file = node.file?.node, let otherFile = other.node.file?.node
+        else { return false }
+        return file.place.isSame(as: otherFile.place)
     }
 }
 

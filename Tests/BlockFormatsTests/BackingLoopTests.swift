@@ -41,6 +41,19 @@ import Testing
         try await Self.expectLoop("a.qcow2", "names itself as its backing file", in: folder)
     }
 
+    @Test func anImageInsideAnotherThatNamesItselfIsToldAsALoop() async throws {
+        let folder = try QCOW2TestFolder()
+        let name =
+            #"json:{"driver":"qcow2","file":{"driver":"qcow2","file":{"driver":"file","#
+            + #""filename":"\#(folder["outer.qcow2"])"}}}"#
+        try Self.create("inner.qcow2", over: name, in: folder)
+        try folder.run([
+            "qemu-img", "convert", "-f", "raw", "-O", "qcow2", "inner.qcow2", "outer.qcow2",
+        ])
+        try Self.create("top.qcow2", over: name, in: folder)
+        try await Self.expectLoop("top.qcow2", "names itself as its backing file", in: folder)
+    }
+
     @Test func anImageIsItsOwnBackingImageWithoutOneOfItsOwn() async throws {
         let folder = try QCOW2TestFolder()
         try folder.run(["qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "1M"])
