@@ -61,22 +61,22 @@ extension BlockNode {
     @inline(__always)
     func begin(
         _ range: ByteRange, serialising: Bool, end: Int
-    ) async throws(BlockError) -> UInt64 {
-        let (identifier, waits) = tracker.enter(range, serialising: serialising)
-        if waits { await waitForTurn(identifier) }
+    ) async throws(BlockError) -> RequestTracker.Request {
+        let request = tracker.enter(range, serialising: serialising)
+        if !tracker.allowsImmediateWrites { await waitForTurn(request) }
         guard end <= size else {
-            tracker.leave(identifier)
+            tracker.leave(request)
             throw BlockError(
                 .outOfRange, "a request up to \(end) came when the node had shrunk to \(size)",
                 node: name)
         }
-        return identifier
+        return request
     }
 
-    private func waitForTurn(_ identifier: UInt64) async {
-        repeat {
-            await withUnsafeContinuation { tracker.sleep($0) }
-        } while tracker.mustWait(identifier)
+    private func waitForTurn(_ request: RequestTracker.Request) async {
+        while let obstacle = tracker.obstacle(of: request) {
+            await withUnsafeContinuation { tracker.wait(for: obstacle, $0) }
+        }
     }
 
     @inline(__always)
@@ -89,7 +89,7 @@ extension BlockNode {
         let isAligned = range.isAligned(to: limits.requestAlignment)
         let tracked =
             isAligned ? range : (range.aligned(to: limits.requestAlignment) ?? range)
-        let identifier = try await begin(
+        let request = try await begin(
             tracked, serialising: !isAligned || flags.contains(.serialising), end: range.end)
         do throws(BlockError) {
             if isAligned, vector.count <= limits.transferMax,
@@ -103,11 +103,11 @@ extension BlockNode {
             }
         } catch {
             failed(range, flags, error)
-            tracker.leave(identifier)
+            tracker.leave(request)
             throw error
         }
         written(range)
-        tracker.leave(identifier)
+        tracker.leave(request)
     }
 
     /// A change that failed may have happened in part: who records changes counts it as one. And the
@@ -234,10 +234,10 @@ extension BlockNode {
         if flags.contains(.fua) { try checkFlushes() }
         let alignment = limits.requestAlignment
         let isAligned = range.isAligned(to: alignment)
-        let identifier = try await begin(
+        let request = try await begin(
             isAligned ? range : (range.aligned(to: alignment) ?? range),
             serialising: !isAligned || flags.contains(.serialising), end: range.end)
-        defer { tracker.leave(identifier) }
+        defer { tracker.leave(request) }
         var passed = flags.subtracting(.compressed)
         let flushesAfter = flags.contains(.fua) && !driver.supportsFUA
         if flushesAfter { passed.remove(.fua) }
@@ -306,8 +306,8 @@ extension BlockNode {
         guard start < end else { return }
         try await willChange()
         let inner = ByteRange(from: start, to: end)
-        let identifier = try await begin(inner, serialising: false, end: inner.end)
-        defer { tracker.leave(identifier) }
+        let request = try await begin(inner, serialising: false, end: inner.end)
+        defer { tracker.leave(request) }
         do throws(BlockError) {
             try await driver.discard(inner)
         } catch {

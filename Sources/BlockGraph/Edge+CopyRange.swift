@@ -81,8 +81,8 @@ extension BlockNode {
             throw BlockError(.unsupported, "only whole blocks are copied by the storage")
         }
         try await willChange()
-        let identifier = try await begin(range, serialising: false, end: range.end)
-        defer { tracker.leave(identifier) }
+        let request = try await begin(range, serialising: false, end: range.end)
+        defer { tracker.leave(request) }
         do throws(BlockError) {
             try await driver.copyRange(from: stored, to: offset, method)
         } catch {

@@ -42,9 +42,9 @@ extension Edge {
         }
         try await node.willChange()
         // Tables may have to grow for it, which no write may meet.
-        let identifier = try await node.begin(
+        let request = try await node.begin(
             ByteRange(0, node.size), serialising: true, end: 0)
-        defer { node.tracker.leave(identifier) }
+        defer { node.tracker.leave(request) }
         do throws(BlockError) {
             try await node.driver.writeMachineState(offset, from: vector)
         } catch {

@@ -170,8 +170,8 @@ extension Edge {
         if node.isReadOnly { throw BlockError(.readOnly, "the node is read-only", node: node.name) }
         try await node.willChange()
         let whole = ByteRange(0, max(size, node.size))
-        let identifier = try await node.begin(whole, serialising: true, end: 0)
-        defer { node.tracker.leave(identifier) }
+        let request = try await node.begin(whole, serialising: true, end: 0)
+        defer { node.tracker.leave(request) }
         do throws(BlockError) {
             node.changedSinceFlush = true
             try await node.driver.resize(to: size, preallocation)
