@@ -34,6 +34,8 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     static let clusterSizeMax = 1 << 30
     /// Bytes that a copy holds in memory, however large the clusters are.
     static let pieceMax = 1 << 20
+    /// Bytes of zeroes that are noted in the target at a time.
+    private static let zeroesMax = 1 << 30
 
     let node: BlockNode
     public let child: Edge
@@ -377,15 +379,20 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         copyEnd.wakeAll()
     }
 
-    /// Copies what waits in `clusters`, run by run.
+    /// Copies what waits in `clusters`, part by part; others get their turn in between.
     private func copy(_ clusters: Range<Int>) async throws(BlockError) {
-        while let first = waiting.firstSet(in: clusters) {
+        let pieceCount = max(1, Self.pieceMax / clusterSize)
+        var rest = clusters
+        while let first = waiting.firstSet(in: rest) {
+            // Of long changes much may be zeroes, which need not be read. What waits does not change meanwhile.
+            let zeroEnd =
+                clusters.count > pieceCount
+                ? await endOfZeroes(in: first..<clusters.upperBound) : first
             if breakage != nil { return }
-            let run =
-                first..<(waiting.firstClear(in: first..<clusters.upperBound)
-                ?? clusters.upperBound)
-            // No more at once than is copied in one piece: others get their turn.
-            let part = first..<min(run.upperBound, first + max(1, Self.pieceMax / clusterSize))
+            let end = zeroEnd > first ? zeroEnd : min(first + pieceCount, clusters.upperBound)
+            let part = first..<(waiting.firstClear(in: first..<end) ?? end)
+            // It was copied while zeroes were looked for.
+            if part.isEmpty { continue }
             if locks.conflicts(part, exclusively: false) {
                 // Somebody copies a part of it already; look again when that is over.
                 await locks.untilChange()
@@ -393,14 +400,40 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
             }
             locks.take(part, exclusively: true)
             do throws(BlockError) {
-                try await copyRun(part)
+                if zeroEnd > first {
+                    try await copyZeroes(part)
+                } else {
+                    try await copyRun(part)
+                }
             } catch {
                 locks.unlock(part, exclusively: true)
                 throw error
             }
             waiting.clear(part)
             locks.unlock(part, exclusively: true)
+            rest = part.upperBound..<clusters.upperBound
+            if !rest.isEmpty { await Task.yield() }
         }
+    }
+
+    /// Up to where the clusters are known to read as zeroes: the first one where they are not.
+    private func endOfZeroes(in clusters: Range<Int>) async -> Int {
+        let count = min(clusters.count, max(1, Self.zeroesMax / clusterSize))
+        let asked = clusters.lowerBound..<clusters.lowerBound + count
+        let range = bytes(of: asked)
+        // Whatever cannot be told is read.
+        guard let status = try? await child.chainStatus(range, precise: false),
+            status.flags.contains(.zero)
+        else { return clusters.lowerBound }
+        return status.count >= range.count
+            ? asked.upperBound : (range.offset + status.count) / clusterSize
+    }
+
+    private func copyZeroes(_ clusters: Range<Int>) async throws(BlockError) {
+        let range = bytes(of: clusters)
+        TracePoint.cbwCopy("node \(node.name) offset \(range.offset) bytes \(range.count)")
+        try await target.writeZeroes(range, .mayUnmap)
+        copiedBytes += range.count
     }
 
     private func copyRun(_ clusters: Range<Int>) async throws(BlockError) {
@@ -409,6 +442,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         let memory = try IOVector(allocating: min(range.count, Self.pieceMax))
         var offset = range.offset
         while offset < range.end, breakage == nil {
+            if offset > range.offset { await Task.yield() }
             let piece = ByteRange(offset, min(range.end - offset, Self.pieceMax))
             try await copyPiece(piece, through: memory.slice(0, piece.count))
             offset = piece.end
