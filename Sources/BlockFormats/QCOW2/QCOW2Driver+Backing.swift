@@ -42,7 +42,7 @@ extension QCOW2Driver: BackedImage {
     public func empty() async throws(BlockError) {
         try checkWritable()
         let mask = geometry.clusterSize - 1
-        try await changeEntries((0, (node.size + mask) & ~mask), makesTables: false) { _, _ in
+        try await changeEntries((0, (node.size + mask) & ~mask), whereNone: .skip) { _, _ in
             .init(rawValue: 0)
         }
         try await commit()

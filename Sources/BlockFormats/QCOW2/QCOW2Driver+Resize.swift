@@ -74,7 +74,7 @@ extension QCOW2Driver {
     private func dropVMState(from old: Int, to size: Int) async throws(BlockError) {
         let mask = geometry.clusterSize - 1
         guard let end = size.adding(mask) else { return }
-        try await changeEntries(((old + mask) & ~mask, end & ~mask), makesTables: false) { _, _ in
+        try await changeEntries(((old + mask) & ~mask, end & ~mask), whereNone: .skip) { _, _ in
             .init(rawValue: 0)
         }
     }
@@ -98,7 +98,7 @@ extension QCOW2Driver {
                     range.offset,
                     (range.end + geometry.clusterSize - 1) & ~(geometry.clusterSize - 1)
                 ),
-                makesTables: true
+                whereNone: .make
             ) { _, _ in .zero(hasSubclusters: self.hasSubclusters) }
         } else {
             let zeroes = try IOVector(allocating: min(range.count, 1 << 20))
@@ -236,7 +236,7 @@ extension QCOW2Driver {
         }
         node.size = size
         if start < end {
-            try await changeEntries((start, end), makesTables: false) { _, _ in
+            try await changeEntries((start, end), whereNone: .skip) { _, _ in
                 .init(rawValue: 0)
             }
         }

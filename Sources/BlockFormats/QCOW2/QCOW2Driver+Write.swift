@@ -257,17 +257,20 @@ extension QCOW2Driver {
 
     /// Whether the cluster, or subcluster, at guest `offset` is known to read as zeroes.
     func readsAsZeroes(_ slice: QCOW2TableCache.Slice, _ offset: Int) -> Bool {
-        let entry = entry(slice, (offset >> geometry.clusterBits) & (1 << sliceEntryBits - 1))
-        let kind =
-            hasSubclusters
-            ? entry.kind(
-                ofSubcluster: (offset >> geometry.unitBits) & 31, hasDataFile: hasDataFile)
-            : entry.kind(hasZeroFlag: hasZeroFlag, hasDataFile: hasDataFile)
-        switch kind {
+        switch kind(slice, offset) {
         case .zeroPlain, .zeroAllocated: return true
         case .unallocated: return !hasBacking(from: offset & ~(1 << geometry.unitBits - 1))
         case .normal, .compressed: return false
         }
+    }
+
+    /// The state of the cluster, or subcluster, at guest `offset`.
+    func kind(_ slice: QCOW2TableCache.Slice, _ offset: Int) -> QCOW2.L2Entry.Kind {
+        let entry = entry(slice, (offset >> geometry.clusterBits) & (1 << sliceEntryBits - 1))
+        return hasSubclusters
+            ? entry.kind(
+                ofSubcluster: (offset >> geometry.unitBits) & 31, hasDataFile: hasDataFile)
+            : entry.kind(hasZeroFlag: hasZeroFlag, hasDataFile: hasDataFile)
     }
 
     /// Whether there is a backing image that reaches past guest `offset`.

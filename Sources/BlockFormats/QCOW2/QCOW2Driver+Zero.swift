@@ -1,6 +1,10 @@
 import BlockCore
 import BlockGraph
 
+// Zeroes that somebody wrote are in the tables, also where nothing is below that could be seen: the backing
+// image may be left out just now (`"backing": null`), may grow, and may be named later. A discard says
+// nothing about what is read afterwards, and leaves alone what reads as zeroes.
+
 extension QCOW2Driver {
     // MARK: Zeroes
 
@@ -12,7 +16,8 @@ extension QCOW2Driver {
             return
         }
         let unmaps = flags.contains(.mayUnmap)
-        if !hasZeroFlag, !unmaps || node.backing != nil {
+        // Unallocated stands for zeroes in version 2, as long as no backing image ever shows.
+        if !hasZeroFlag, !unmaps || node.backing != nil || !image.header.backingName.isEmpty {
             throw BlockError(.unsupported, "version 2 of qcow2 has no clusters of zeroes")
         }
         let inner = wholeClusters(range)
@@ -24,8 +29,8 @@ extension QCOW2Driver {
             try await zeroPart(ByteRange(from: range.offset, to: inner.offset), flags)
         }
         let keepsClusters = !unmaps || options.discardNoUnref
-        try await changeEntries(inner, makesTables: node.backing != nil) { old, hasBacking in
-            self.zeroed(old, hasBacking: hasBacking, keepsCluster: keepsClusters)
+        try await changeEntries(inner, whereNone: hasZeroFlag ? .make : .skip) { old, _ in
+            self.zeroed(old, keepsCluster: keepsClusters)
         }
         if inner.end < range.end {
             try await zeroPart(ByteRange(from: inner.end, to: range.end), flags)
@@ -34,11 +39,8 @@ extension QCOW2Driver {
     }
 
     /// An entry that reads as zeroes, in place of `old`.
-    private func zeroed(
-        _ old: QCOW2.L2Entry, hasBacking: Bool, keepsCluster: Bool
-    ) -> QCOW2.L2Entry {
+    private func zeroed(_ old: QCOW2.L2Entry, keepsCluster: Bool) -> QCOW2.L2Entry {
         let kind = old.kind(hasZeroFlag: hasZeroFlag, hasDataFile: hasDataFile)
-        if kind == .unallocated, old.bitmap == 0, !hasBacking { return old }
         if !hasZeroFlag { return .init(rawValue: 0) }
         let keeps = keepsCluster && old.isCopied && (kind == .normal || kind == .zeroAllocated)
         return .zero(keeping: keeps ? old.rawValue : 0, hasSubclusters: hasSubclusters)
@@ -58,18 +60,7 @@ extension QCOW2Driver {
         var offset = range.offset
         while offset < range.end {
             let end = min(range.end, offset | (1 << geometry.unitBits - 1) + 1)
-            let isZero: Bool
-            if let slice = try await slice(at: offset) {
-                isZero =
-                    conflict(offset >> geometry.clusterBits) == nil && readsAsZeroes(slice, offset)
-            } else {
-                isZero = !hasBacking(from: offset & ~(1 << geometry.unitBits - 1))
-            }
-            if !isZero {
-                if try await zeroSubcluster(offset, end) {
-                    offset = end
-                    continue
-                }
+            if try await !zeroUnit(offset, end) {
                 if flags.contains(.noFallback) {
                     throw BlockError(.unsupported, "parts of clusters are zeroed by writing")
                 }
@@ -78,6 +69,75 @@ extension QCOW2Driver {
                 try await write(offset, from: zeroes, [])
             }
             offset = end
+        }
+    }
+
+    /// Zeroes a part of a cluster, or of a subcluster, without writing.
+    ///
+    /// - Returns: `false` where it has to be written.
+    private func zeroUnit(_ offset: Int, _ end: Int) async throws(BlockError) -> Bool {
+        switch try await zeroness(at: offset) {
+        case .explicit: return true
+        case .unallocated:
+            // Without the zero flag this is all that there is to zeroes.
+            if !hasZeroFlag { return true }
+            if try await markUnallocatedZero(offset) { return true }
+        case .none: break
+        }
+        return try await zeroSubcluster(offset, end)
+    }
+
+    private enum Zeroness {
+        /// The tables say so.
+        case explicit
+        /// There is nothing, here or below.
+        case unallocated
+        case none
+    }
+
+    /// How the cluster, or subcluster, at guest `offset` reads as zeroes, when nobody fills it right now.
+    private func zeroness(at offset: Int) async throws(BlockError) -> Zeroness {
+        guard let slice = try await slice(at: offset) else {
+            return hasBacking(from: offset & ~(1 << geometry.unitBits - 1)) ? .none : .unallocated
+        }
+        guard conflict(offset >> geometry.clusterBits) == nil else { return .none }
+        return zeroness(slice, offset)
+    }
+
+    private func zeroness(_ slice: QCOW2TableCache.Slice, _ offset: Int) -> Zeroness {
+        guard readsAsZeroes(slice, offset) else { return .none }
+        switch kind(slice, offset) {
+        case .zeroPlain, .zeroAllocated: return .explicit
+        case .unallocated, .normal, .compressed: return .unallocated
+        }
+    }
+
+    /// Marks the whole cluster, or subcluster, at guest `offset` as zeroes where it reads as such because there is
+    /// nothing.
+    ///
+    /// - Returns: `false` where somebody has filled it meanwhile.
+    private func markUnallocatedZero(_ offset: Int) async throws(BlockError) -> Bool {
+        while true {
+            let slice = try await writableSlice(at: offset)
+            if let other = conflict(offset >> geometry.clusterBits) {
+                await other.queue.wait()
+                continue
+            }
+            switch zeroness(slice, offset) {
+            case .explicit: return true
+            case .none: return false
+            case .unallocated: break
+            }
+            let index = (offset >> geometry.clusterBits) & (1 << sliceEntryBits - 1)
+            var new = QCOW2.L2Entry.zero(hasSubclusters: false)
+            if hasSubclusters {
+                new = entry(slice, index)
+                let bit = UInt64(1) << UInt64((offset >> geometry.unitBits) & 31)
+                new.bitmap = new.bitmap & ~bit | bit << 32
+            }
+            setEntry(slice, index, new)
+            l2.markDirty(slice)
+            return true
         }
     }
 
@@ -98,8 +158,10 @@ extension QCOW2Driver {
         }
         let inner = wholeClusters(range)
         guard inner.offset < inner.end else { return }
-        try await changeEntries(inner, makesTables: node.backing != nil) { old, hasBacking in
-            self.zeroed(old, hasBacking: hasBacking, keepsCluster: self.options.discardNoUnref)
+        try await changeEntries(inner, whereNone: .makeOverBacking) { old, hasBacking in
+            let kind = old.kind(hasZeroFlag: self.hasZeroFlag, hasDataFile: self.hasDataFile)
+            if kind == .unallocated, old.bitmap == 0, !hasBacking { return old }
+            return self.zeroed(old, keepsCluster: self.options.discardNoUnref)
         }
         if hasDataFile, options.passDiscardRequest {
             let end = min(inner.end, data.size)
@@ -112,14 +174,21 @@ extension QCOW2Driver {
 
     // MARK: Entries
 
+    /// What is done where there is no L2 table.
+    enum MissingTables {
+        case skip
+        /// A table is made where a backing image shows through.
+        case makeOverBacking
+        case make
+    }
+
     /// Changes the entries of whole clusters.
     ///
     /// - Parameters:
     ///   - range: from a cluster's start to a cluster's end.
-    ///   - makesTables: an L2 table is made where there is none and a backing image shows through.
     ///   - change: the new entry for an old one; it is told whether a backing image reaches there.
     func changeEntries(
-        _ range: (offset: Int, end: Int), makesTables: Bool,
+        _ range: (offset: Int, end: Int), whereNone: MissingTables,
         _ change: (QCOW2.L2Entry, Bool) -> QCOW2.L2Entry
     ) async throws(BlockError) {
         let bits = geometry.clusterBits
@@ -128,7 +197,7 @@ extension QCOW2Driver {
         while offset < range.end {
             let index = offset >> geometry.l2CoverageBits
             if QCOW2.L1Entry(rawValue: image.l1[index]).offset == 0, tablesInCreation[index] == nil,
-                !makesTables || !hasBacking(from: offset)
+                whereNone == .skip || whereNone == .makeOverBacking && !hasBacking(from: offset)
             {
                 offset = (offset & ~(coverage - 1)) + coverage
                 continue
