@@ -141,6 +141,29 @@ struct EncryptionVariant: Sendable, CustomTestStringConvertible {
         #expect(try folder.bytes("a.img")[4096..<12288] != contents[4096..<12288])
     }
 
+    @Test func theSectorThatTheFileEndsInIsReadAndWritten() async throws {
+        let folder = try QCOW2TestFolder()
+        try folder.runWithKeys(
+            ["qemu-img", "create", "-q", "-f", "luks"] + QCOW2TestFolder.objects
+                + ["-o", EncryptionVariant().text(), "a.luks", "3000"])
+        func compareWithQEMU() async throws -> [UInt8] {
+            let contents = try await folder.contents("a.luks", options: Self.key)
+            try folder.run(
+                ["qemu-img", "convert"] + QCOW2TestFolder.objects
+                    + ["--image-opts", "-O", "raw", Self.source("a.luks"), "raw.img"])
+            #expect(try contents == folder.bytes("raw.img"))
+            return contents
+        }
+        #expect(try folder.bytes("a.luks").count % 512 != 0)
+        var expected = try await compareWithQEMU()
+        #expect(expected.count == 3072)
+        try await folder.open("a.luks", options: Self.key) { edge throws(BlockError) in
+            try await QCOW2SnapshotTests.fill(edge, 2560..<3072, 5)
+        }
+        for index in 2560..<3072 { expected[index] = 5 }
+        #expect(try await compareWithQEMU() == expected)
+    }
+
     @Test func requestsOfAllSizesFollowTheModel() async throws {
         let folder = try QCOW2TestFolder()
         var options = EncryptionVariant().options

@@ -10,6 +10,9 @@ import QMP
 /// file     header │ key slots │ payload: sectors, numbered from 0
 /// header   (optional) a file that holds header and slots; `file` is payload alone then
 /// ```
+/// A file that ends within a sector has that sector: what the file lacks of it counts as zeroes, and the first
+/// write to it makes the file as long.
+///
 /// Without a key the image can be looked at, and that is all: whoever wants its data is refused when the
 /// use begins.
 final class LUKSDriver: BlockDriver, @unchecked Sendable {
@@ -60,11 +63,16 @@ final class LUKSDriver: BlockDriver, @unchecked Sendable {
         cipher = try key.map { key throws(BlockError) in
             ImageCipher(try SectorCipher(area.header.cipher, key: key), on: node.seat)
         }
-        node.size = (file.size - payloadOffset).roundedDown(to: ImageCipher.sectorSize)
+        node.size = Self.diskSize(file.size - payloadOffset)
         node.limits = file.node.limits
         node.limits.requestAlignment = max(
             file.node.limits.requestAlignment, ImageCipher.sectorSize)
         node.limits.transferMax = min(file.node.limits.transferMax, Self.transferBytesMax)
+    }
+
+    /// Of a payload of `bytes`: whole sectors.
+    private static func diskSize(_ bytes: Int) -> Int {
+        max(0, bytes).roundedUp(to: ImageCipher.sectorSize) ?? 0
     }
 
     var filename: String { file.node.driver.filename }
@@ -86,7 +94,14 @@ final class LUKSDriver: BlockDriver, @unchecked Sendable {
         _ offset: Int, into vector: IOVector, _ flags: ReadFlags
     ) async throws(BlockError) {
         let cipher = try unlocked()
-        try await file.read(payloadOffset + offset, into: vector, flags)
+        let start = payloadOffset + offset
+        let there = min(vector.count, max(0, file.size - start))
+        if there == vector.count {
+            try await file.read(start, into: vector, flags)
+        } else {
+            vector.zero(there, vector.count - there)
+            if there > 0 { try await file.read(start, into: vector.slice(0, there), flags) }
+        }
         try await cipher.decrypt(vector, at: offset)
     }
 
@@ -94,6 +109,8 @@ final class LUKSDriver: BlockDriver, @unchecked Sendable {
         _ offset: Int, from vector: IOVector, _ flags: WriteFlags
     ) async throws(BlockError) {
         let data = try await unlocked().encrypted(vector, at: offset)
+        let end = payloadOffset + offset + vector.count
+        if end > file.size { try await file.resize(to: end) }
         try await file.write(payloadOffset + offset, from: data, flags)
     }
 
@@ -119,11 +136,12 @@ final class LUKSDriver: BlockDriver, @unchecked Sendable {
     }
 
     func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {
-        guard let end = size.adding(payloadOffset), end <= Limits.nodeSizeMax else {
+        guard let rounded = size.roundedUp(to: ImageCipher.sectorSize),
+            let end = rounded.adding(payloadOffset), end <= Limits.nodeSizeMax
+        else {
             throw BlockError(.invalidArgument, "a size of \(size) bytes is out of bounds")
         }
         let old = node.size
-        let rounded = size.roundedDown(to: ImageCipher.sectorSize)
         try await file.resize(to: end, preallocation)
         node.size = rounded
         guard rounded > old, let cipher else { return }
@@ -150,7 +168,7 @@ final class LUKSDriver: BlockDriver, @unchecked Sendable {
 
     func childResized(_ edge: Edge) {
         guard edge === file else { return }
-        node.size = max(0, file.size - payloadOffset).roundedDown(to: ImageCipher.sectorSize)
+        node.size = Self.diskSize(file.size - payloadOffset)
     }
 
     func amend(_ amendment: ImageAmendment) async throws(BlockError) {
