@@ -26,13 +26,34 @@ public struct DriverRegistry: Sendable {
         return driver
     }
 
-    /// The format whose images begin like this; `raw` when none does.
+    /// The format whose images begin like this, whether or not there is a driver for it; `raw` when none
+    /// does.
     public func probe(_ start: UnsafeRawBufferPointer) -> String {
         var best = ("raw", 0)
         for driver in drivers {
             let score = driver.probe?(start) ?? 0
             if score > best.1 { best = (driver.name, score) }
         }
+        // What a driver knows and does not take for its own is not decided by the mark alone.
+        if best.1 == 0, let format = ImageMarks.format(ofStart: start), byName[format] == nil {
+            return format
+        }
         return best.0
+    }
+
+    /// The format of the image `name`, which begins like this and is about to be opened.
+    ///
+    /// - Throws: `unsupported` where there is no driver for it: read as a raw disk, such an image would
+    ///   show what is not its disk, and a write would destroy it.
+    public func format(
+        of name: String, beginning start: [UInt8]
+    ) throws(BlockError) -> String {
+        let format = start.withUnsafeBytes { probe($0) }
+        guard byName[format] != nil || format == "raw" else {
+            throw BlockError(
+                .unsupported, "'\(name)' looks like \(format), which is not supported yet",
+                remedy: "give the format raw if it is raw data")
+        }
+        return format
     }
 }

@@ -75,6 +75,7 @@ extension BlockGraph {
     /// The format of an image from its first bytes.
     ///
     /// - Parameter file: complete options of its storage.
+    /// - Throws: also when the image is of a format that there is no driver for.
     public func probeFormat(_ file: JSONObject) async throws(BlockError) -> String {
         var options = file
         // Reading only: neither the file's lock nor another cache mode matters.
@@ -90,6 +91,7 @@ extension BlockGraph {
             throw error
         }
         node.release("opening")
+        let name = node.driver.filename
         let start = try IOVector(allocating: min(4096, node.size))
         do throws(BlockError) {
             try await edge.read(0, into: start)
@@ -98,6 +100,6 @@ extension BlockGraph {
             throw error
         }
         try await detach(edge)
-        return start.array.withUnsafeBytes { registry.probe($0) }
+        return try registry.format(of: name, beginning: start.array)
     }
 }

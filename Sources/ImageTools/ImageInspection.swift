@@ -73,11 +73,12 @@ public struct ImageInspection: Sendable {
         try await session.graph.detach(edge)
 
         var format = start.array.withUnsafeBytes { ToolSession.registry.probe($0) }
-        var isSupported = true
-        if format == "raw", let other = ForeignFormat.detect(start.array, end: end.array) {
-            format = other
-            isSupported = (try? ToolSession.registry.driver(named: other)) != nil
+        if format == "raw" {
+            format =
+                start.array.withUnsafeBytes { ImageMarks.format(ofStart: $0) }
+                ?? end.array.withUnsafeBytes { ImageMarks.format(ofEnd: $0) } ?? format
         }
+        let isSupported = (try? ToolSession.registry.driver(named: format)) != nil
         return ImageInspection(
             filename: path, format: format, isSupported: isSupported, fileSize: size)
     }
@@ -167,36 +168,5 @@ public struct ImageInspection: Sendable {
             })
         if let problem { result["problem"] = .string(problem) }
         return .object(result)
-    }
-}
-
-/// Formats that are recognised whether or not there is a driver, by the marks that their
-/// specifications give them.
-enum ForeignFormat {
-    private static let marks: [(format: String, offset: Int, bytes: [UInt8])] = [
-        ("qcow", 0, [0x51, 0x46, 0x49, 0xfb, 0, 0, 0, 1]),
-        ("qed", 0, Array("QED\0".utf8)),
-        ("vmdk", 0, Array("KDMV".utf8)),
-        ("vmdk", 0, Array("COWD".utf8)),
-        ("vmdk", 0, Array("# Disk DescriptorFile".utf8)),
-        ("vhdx", 0, Array("vhdxfile".utf8)),
-        ("vpc", 0, Array("conectix".utf8)),
-        ("vdi", 64, [0x7f, 0x10, 0xda, 0xbe]),
-        ("parallels", 0, Array("WithoutFreeSpace".utf8)),
-        ("parallels", 0, Array("WithouFreSpacExt".utf8)),
-        ("luks", 0, [0x4c, 0x55, 0x4b, 0x53, 0xba, 0xbe]),
-        ("bochs", 0, Array("Bochs Virtual HD Image".utf8)),
-        ("cloop", 0, Array("#!/bin/sh\n#V2.0 Format\nmodprobe cloop".utf8)),
-    ]
-    /// The same, in the last 512 bytes.
-    private static let trailingMarks: [(format: String, bytes: [UInt8])] = [
-        ("vpc", Array("conectix".utf8)), ("dmg", Array("koly".utf8)),
-    ]
-
-    static func detect(_ start: [UInt8], end: [UInt8]) -> String? {
-        for mark in marks where start.dropFirst(mark.offset).starts(with: mark.bytes) {
-            return mark.format
-        }
-        return trailingMarks.first { end.starts(with: $0.bytes) }?.format
     }
 }

@@ -16,8 +16,8 @@ extension QCOW2Driver {
             guard start.count >= 8, start.bigEndian(at: 0, as: UInt32.self) == QCOW2.magic else {
                 return 0
             }
-            let version: UInt32 = start.bigEndian(at: 4)
-            return version == 2 || version == 3 ? 100 : 0
+            // Versions to come as well: opening refuses them by name. Version 1 is another format.
+            return start.bigEndian(at: 4, as: UInt32.self) >= 2 ? 100 : 0
         },
         supportsBacking: true,
         measure: { options throws(BlockError) in try QCOW2Measure.measure(options) })
@@ -217,9 +217,8 @@ extension QCOW2Driver {
             if driver == nil {
                 let start = try IOVector(allocating: 4096)
                 let count = try await file.read(start, at: 0)
-                driver = start.slice(0, count).array.withUnsafeBytes {
-                    opening.graph.registry.probe($0)
-                }
+                driver = try opening.graph.registry.format(
+                    of: path, beginning: start.slice(0, count).array)
             }
         } catch {
             await file.close()
