@@ -1,5 +1,6 @@
 import BlockCore
 import BlockGraph
+import BlockIO
 import QMP
 
 /// `create`: makes a new image file.
@@ -195,7 +196,11 @@ public struct ImageCreate: Sendable {
         // A device is there already, and as long as it is.
         let isDevice = (try? await session.isBlockDevice(path)) ?? false
         if format == "raw" {
-            if !isDevice { try await makeFile(file, in: session) }
+            if isDevice {
+                try await clearDevice(path, options, in: session)
+            } else {
+                try await makeFile(file, in: session)
+            }
             return
         }
         options["file"] = [
@@ -218,6 +223,41 @@ public struct ImageCreate: Sendable {
             }
         }
     }
+
+    /// Makes a raw disk of a device, which keeps its size: the beginning is cleared, or it would go on being
+    /// taken for the format that it had.
+    private func clearDevice(
+        _ path: String, _ options: JSONObject, in session: ToolSession
+    ) async throws(BlockError) {
+        var options = options
+        options["file"] = ["driver": "host_device", "filename": .string(path)]
+        let unfinished = unfinished
+        let clear: Create = { creation throws(BlockError) in
+            let size = try creation.options.size("size") ?? 0
+            let preallocation =
+                try creation.options.enumeration("preallocation", as: Preallocation.self) ?? .off
+            guard preallocation == .off else {
+                throw BlockError(
+                    .unsupported, "a device has its space: 'preallocation' is for files")
+            }
+            let target = try await creation.target("file")
+            try creation.options.finish()
+            guard size <= target.size else {
+                throw BlockError(
+                    .invalidArgument,
+                    "the device has \(target.size) bytes, not \(size), and cannot grow")
+            }
+            unfinished?.willChange()
+            let zeroes = try IOVector(allocating: min(Self.sectorBytes, target.size))
+            zeroes.fill(0)
+            try await target.write(0, from: zeroes)
+            try await target.flush()
+        }
+        try await Self.create(clear, options, in: session)
+    }
+
+    /// What formats are told by begins in the first sector.
+    private static let sectorBytes = 512
 
     private static func fileCreator() throws(BlockError) -> Create? {
         try ToolSession.registry.driver(named: "file").create
