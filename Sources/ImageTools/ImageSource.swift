@@ -70,6 +70,12 @@ extension ImageSource {
         guard case .object(let options) = try value.nestingDottedKeys() else {
             throw BlockError(.invalidArgument, "an image's options must be an object")
         }
+        if let format, case .string(let driver)? = options["driver"], driver != format {
+            throw BlockError(
+                .invalidArgument,
+                "the image's format is given as \(format), and '\(name)' says \(driver)",
+                remedy: "give one of them, or both alike")
+        }
         return options
     }
 

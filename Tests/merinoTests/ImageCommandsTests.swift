@@ -70,6 +70,28 @@ import Testing
         }
     }
 
+    @Test func aFormatBesideANameThatSaysAnotherIsRefused() throws {
+        let place = try Workplace()
+        for name in ["a.qcow2", "b.qcow2"] {
+            try place.tool("qemu-img", "create", "-q", "-f", "qcow2", name, "1M")
+        }
+        let before = try place.tool("md5sum", "a.qcow2").output
+        let name = #"json:{"driver":"qcow2","file.filename":"a.qcow2"}"#
+        for words in [
+            ["info", "-f", "raw", name], ["convert", "-f", "raw", "-O", "raw", name, "out"],
+            // What makes a raw image by default.
+            ["convert", "-n", "b.qcow2", name],
+            ["create", "-f", "qcow2", "-b", name, "-F", "raw", "out"],
+        ] {
+            let result = try place.run(Workplace.merino, words)
+            #expect(result.status == 1, "\(words): \(result.output)")
+            #expect(result.errors.contains("given as raw"), "\(result.errors)")
+        }
+        #expect(try place.tool("md5sum", "a.qcow2").output == before)
+        let same = try place.merino("info", "-f", "qcow2", name)
+        #expect(same.status == 0 && same.output.contains("format: qcow2"), "\(same.errors)")
+    }
+
     @Test(
         "map shows a raw image's extents as qemu-img does",
         arguments: [
