@@ -36,9 +36,14 @@ public final class File: @unchecked Sendable {
     public var isStreaming = false
     private var readWindow = StreamWindow()
     private var writeWindow = StreamWindow()
-    /// Parts that are being dropped, and who waits for them to become fewer.
-    private var dropCount = 0
+    /// Parts that are being dropped, by numbers in the order of their beginnings, and who waits for them
+    /// to become fewer.
+    private var drops: Set<Int> = []
+    private var dropsBegun = 0
     private let dropEnd = WaitQueue()
+    /// What was written and did not get to the storage when it was dropped from the page cache. The system
+    /// told of it then, and does so once.
+    private var writeBackFailure: BlockError?
     private static let dropCountMax = 8
     /// Long writes to the page cache of a regular file. The file system lets one of them in at a time; the
     /// others would spin until it is their turn.
@@ -117,7 +122,7 @@ public final class File: @unchecked Sendable {
         await untilDrops(atMost: 0)
     }
     /// Whether nothing is.
-    public var isSettled: Bool { dropCount == 0 }
+    public var isSettled: Bool { drops.isEmpty }
 
     /// Closes the file once. What was not synchronised is not made durable by this.
     public func close() async {
@@ -231,6 +236,7 @@ public final class File: @unchecked Sendable {
             }
             done += result
         }
+        if durable { try await checkWriteBack() }
         if isStreaming { await pass(ByteRange(offset, done), written: true) }
     }
 
@@ -249,25 +255,46 @@ public final class File: @unchecked Sendable {
     private func pass(_ range: ByteRange, written: Bool) async {
         let behind = written ? writeWindow.note(range) : readWindow.note(range)
         guard let behind, !isDirect, !isClosed else { return }
-        dropCount += 1
+        dropsBegun += 1
+        let number = dropsBegun
+        drops.insert(number)
         let (system, handle) = (thread.system, handle)
         thread.spawn {
-            await self.thread.offload { system.dropCache(of: handle, behind, written: written) }
-            self.dropCount -= 1
+            let error = await self.thread.offload {
+                system.dropCache(of: handle, behind, written: written)
+            }
+            if error != 0, self.writeBackFailure == nil {
+                self.writeBackFailure = .system(
+                    "cannot write '\(self.path)' back at \(behind.offset)", error)
+            }
+            self.drops.remove(number)
             self.dropEnd.wakeAll()
         }
         await untilDrops(atMost: Self.dropCountMax)
     }
 
     private func untilDrops(atMost limit: Int) async {
-        while dropCount > limit { await dropEnd.wait() }
+        while drops.count > limit { await dropEnd.wait() }
+    }
+
+    /// The system's answer that all is on storage says nothing of what it told to one that was dropping
+    /// parts at that time.
+    ///
+    /// - Throws: when a part did not get there, now or before.
+    private func checkWriteBack() async throws(BlockError) {
+        let last = dropsBegun
+        while drops.contains(where: { $0 <= last }) { await dropEnd.wait() }
+        if let writeBackFailure { throw writeBackFailure }
     }
 
     /// Makes what was written before durable.
+    ///
+    /// - Throws: also when something that was written did not get to the storage before, as long as the
+    ///   file is open.
     public func synchronize(dataOnly: Bool = true) async throws(BlockError) {
         while true {
             let result = await thread.perform(.synchronize(handle, dataOnly: dataOnly))
-            if result >= 0 { return }
+            if result >= 0 { return try await checkWriteBack() }
             if result != -Int(EINTR) {
                 throw .system("cannot sync '\(path)'", Int32(truncatingIfNeeded: -result))
             }

@@ -93,7 +93,10 @@ public protocol IOSystem: Sendable {
         sharing: Bool
     ) throws(BlockError) -> Int
     /// The page cache need not keep a range: it was read, or written, and is not wanted again.
-    func dropCache(of handle: IOHandle, _ range: ByteRange, written: Bool)
+    ///
+    /// - Returns: 0, or the error number of written data that did not get to the storage. Nobody else
+    ///   is told of it: a later synchronisation of the handle succeeds.
+    func dropCache(of handle: IOHandle, _ range: ByteRange, written: Bool) -> Int32
     func remove(_ path: String) throws(BlockError)
 
     /// Takes or drops an open-file-description lock on a byte range without waiting.
@@ -148,7 +151,7 @@ extension IOSystem {
 
     public func immediateWrites(of handle: IOHandle) -> ImmediateWrites { .unlessBlocked }
 
-    public func dropCache(of handle: IOHandle, _ range: ByteRange, written: Bool) {}
+    public func dropCache(of handle: IOHandle, _ range: ByteRange, written: Bool) -> Int32 { 0 }
 
     /// A system without half-closed sockets ends both directions.
     public func shutdownReceiving(_ handle: IOHandle) { shutdown(handle) }

@@ -2,6 +2,7 @@
 #include "CLinux.h"
 
 #if defined(__linux__)
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
@@ -72,10 +73,15 @@ int linux_clone_range(int to, off_t target, int from, off_t offset, off_t count)
     return ioctl(to, FICLONERANGE, &range);
 }
 
-void linux_write_back(int fd, off_t offset, off_t count) {
-    sync_file_range(
+int linux_write_back(int fd, off_t offset, off_t count) {
+    int result = sync_file_range(
         fd, offset, count,
         SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+    if (result == 0) return 0;
+    int error = errno;
+    // With nothing to do it fails only where the call itself is refused (a sandbox, a file of another
+    // kind). Then it has told nothing of the data, and fsync still does.
+    return sync_file_range(fd, offset, count, 0) == 0 ? error : 0;
 }
 
 int linux_accept(int fd) {

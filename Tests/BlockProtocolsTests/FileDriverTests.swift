@@ -168,6 +168,48 @@ import Glibc
         #expect(bytes.first == 1)
     }
 
+    /// Copies of more than memory holds go on without what they wrote: the system tells of what did not
+    /// get to the storage when the page cache drops it, and never again.
+    @Test(arguments: [EIO, ENOSPC])
+    func aStreamThatDidNotGetToStorageIsToldByFlushesDurableWritesAndTheEnd(
+        error: Int32
+    ) async throws {
+        let simulation = Simulation(seed: 7, .calm)
+        simulation.disk.addFile("/disk", size: 64 << 20)
+        simulation.faults = [FaultRule(.writeBack, path: "/disk", .fail(error), times: 1)]
+        let failures = try await simulation.run { thread throws(BlockError) -> [BlockError?] in
+            let graph = BlockGraph(on: thread, registry: DriverRegistry(BlockProtocols.drivers))
+            let node = try await Self.open(graph, "a", "/disk")
+            (node.driver as? FileDriver)?.isStreaming = true
+            let edge = try Self.write(node)
+            let data = try IOVector(allocating: 4 << 20)
+            data.fill(2)
+            for index in 0..<12 { try await edge.write(index << 22, from: data) }
+            let last = data.slice(0, 4096)
+            let failures = [
+                await Self.failure { () throws(BlockError) in
+                    try await edge.write(0, from: last, .fua)
+                },
+                await Self.failure { () throws(BlockError) in try await edge.flush() },
+                await Self.failure { () throws(BlockError) in try await edge.flush() },
+            ]
+            try await graph.detach(edge)
+            return failures + [
+                await Self.failure { () throws(BlockError) in try await graph.closeAll() }
+            ]
+        }
+        #expect(failures.map { $0?.systemError } == Array(repeating: error, count: 4))
+    }
+
+    private static func failure(
+        _ body: () async throws(BlockError) -> Void
+    ) async -> BlockError? {
+        do throws(BlockError) {
+            try await body()
+            return nil
+        } catch { return error }
+    }
+
     @Test(arguments: [0, 1])
     func closingTellsOfAFlushThatFailed(before flushes: Int) async throws {
         let (failure, _) = try await Self.written(

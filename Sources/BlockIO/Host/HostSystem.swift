@@ -124,12 +124,15 @@ struct HostSystem: IOSystem {
         #endif
     }
 
-    func dropCache(of handle: IOHandle, _ range: ByteRange, written: Bool) {
+    func dropCache(of handle: IOHandle, _ range: ByteRange, written: Bool) -> Int32 {
         #if os(Linux)
+        let (offset, count) = (off_t(range.offset), off_t(range.count))
         // Pages that are not on the disk yet stay: they go there first.
-        if written { linux_write_back(handle.rawValue, off_t(range.offset), off_t(range.count)) }
-        _ = posix_fadvise(
-            handle.rawValue, off_t(range.offset), off_t(range.count), POSIX_FADV_DONTNEED)
+        let result = written ? linux_write_back(handle.rawValue, offset, count) : 0
+        _ = posix_fadvise(handle.rawValue, offset, count, POSIX_FADV_DONTNEED)
+        return result
+        #else
+        return 0
         #endif
     }
 

@@ -5,6 +5,8 @@ import BlockIO
 public enum SimulatedOperation: UInt8, Sendable, CaseIterable {
     case open, read, write, synchronize, allocate, setSize
     case accept, connect, receive, send
+    /// That written data, which the page cache is to drop, gets to the storage; it can fail.
+    case writeBack
 }
 
 /// What goes wrong, and when: at the Nth of some operations.

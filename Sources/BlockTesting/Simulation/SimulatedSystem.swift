@@ -98,6 +98,15 @@ final class SimulatedSystem: IOSystem, @unchecked Sendable {
         try file(handle, "cannot look for a hole").file.current.nextHole(from: offset)
     }
 
+    func dropCache(of handle: IOHandle, _ range: ByteRange, written: Bool) -> Int32 {
+        guard written, let open = files[handle] else { return 0 }
+        guard case .fail(let error) = simulation.strike(.writeBack, open.path, range) else {
+            return 0
+        }
+        simulation.note("writeBack", Int(open.file.number), Int(error))
+        return error
+    }
+
     func remove(_ path: String) throws(BlockError) {
         guard !files.isDown else { throw .system("cannot remove '\(path)'", EIO) }
         if network.removeName(path) { return }

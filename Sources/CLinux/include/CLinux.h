@@ -17,7 +17,9 @@ ssize_t linux_write_durable_at(int fd, const struct iovec *vectors, int count, o
 int linux_fallocate(int fd, int mode, off_t offset, off_t count);
 ssize_t linux_copy_range(int from, off_t offset, int to, off_t target, size_t count); // copy_file_range
 int linux_clone_range(int to, off_t target, int from, off_t offset, off_t count); // ioctl FICLONERANGE
-void linux_write_back(int fd, off_t offset, off_t count); // sync_file_range, until it is done
+// sync_file_range, until it is done: 0, or the error number of data that did not get to the storage. The
+// kernel tells each such error once for a descriptor: a later fsync of it succeeds.
+int linux_write_back(int fd, off_t offset, off_t count);
 int linux_accept(int fd);                 // accept4, non-blocking and close-on-exec
 int linux_socket(int family);             // stream, non-blocking and close-on-exec
 int linux_eventfd(void);                  // close-on-exec
