@@ -49,7 +49,7 @@ public enum NBDReply {
         memory.storeBigEndian(request.cookie, at: 8)
         if mode == .extended {
             memory.storeBigEndian(NBDMagic.extendedReply, at: 0)
-            memory.storeBigEndian(UInt64(request.range.offset), at: 16)
+            memory.storeBigEndian(request.headerOffset, at: 16)
             memory.storeBigEndian(UInt64(payloadCount), at: 24)
         } else {
             memory.storeBigEndian(NBDMagic.structuredReply, at: 0)

@@ -62,18 +62,22 @@ public struct NBDRequest: Hashable, Sendable {
     public var cookie: UInt64
     /// Where it acts. Empty for a flush, and for a block status whose payload is still to be read.
     public var range: ByteRange
+    /// The offset as the header has it, whatever it means: extended replies carry it back.
+    public var headerOffset: UInt64
     /// Bytes of payload that follow the header.
     public var payloadCount: Int
 
+    /// - Parameter headerOffset: `nil` where it is that of the range.
     @inlinable
     public init(
         command: NBDCommand, flags: NBDCommandFlags, cookie: UInt64, range: ByteRange,
-        payloadCount: Int = 0
+        headerOffset: UInt64? = nil, payloadCount: Int = 0
     ) {
         self.command = command
         self.flags = flags
         self.cookie = cookie
         self.range = range
+        self.headerOffset = headerOffset ?? UInt64(range.offset)
         self.payloadCount = payloadCount
     }
 }

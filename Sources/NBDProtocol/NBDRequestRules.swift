@@ -44,7 +44,7 @@ public struct NBDRequestRules: Sendable {
         let range = ByteRange(checking: header.offset, count: header.length)
         var request = NBDRequest(
             command: command ?? .flush, flags: header.flags, cookie: header.cookie,
-            range: range ?? ByteRange(0, 0))
+            range: range ?? ByteRange(0, 0), headerOffset: header.offset)
         guard let command else { return .refuse(request, .invalid, swallow: payload) }
         let carriesStatusPayload =
             command == .blockStatus && mode == .extended && header.flags.contains(.payloadLength)

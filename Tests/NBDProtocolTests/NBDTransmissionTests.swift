@@ -266,6 +266,28 @@ import Testing
                 + [0, 0, 0, 0, 0, 0, 4, 8] + at512)
     }
 
+    @Test func extendedRepliesCarryTheOffsetOfTheRequestWhateverItIs() throws {
+        let table: [(NBDCommand, UInt64, UInt64)] = [
+            (.read, 1 << 63, 512), (.write, .max, 2), (.flush, 4_096, 0), (.trim, 1 << 40, 1),
+            (.blockStatus, .max - 1, 1), (.cache, 512, 512),
+        ]
+        for (command, offset, length) in table {
+            let request: NBDRequest
+            switch rules(.extended).judge(header(command, offset, length)) {
+            case .execute(let executed): request = executed
+            case .refuse(let refused, _, _): request = refused
+            default: continue
+            }
+            let wanted = ClientBytes.bigEndian(offset)
+            let success = encoded { NBDReply.success(request, mode: .extended, to: $0) }
+            #expect(success[16..<24].elementsEqual(wanted), "\(command) \(offset)")
+            let failure = encoded {
+                NBDReply.failure(.invalid, replyingTo: request, mode: .extended, to: $0)
+            }
+            #expect(failure[16..<24].elementsEqual(wanted), "\(command) \(offset)")
+        }
+    }
+
     @Test func emptyReadsHaveNoDataChunk() {
         let empty = NBDRequest(command: .read, flags: [], cookie: 0, range: ByteRange(0, 0))
         let bytes = encoded { NBDReply.readHeader(empty, mode: .structured, to: $0) }
