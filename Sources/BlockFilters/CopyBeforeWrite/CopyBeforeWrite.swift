@@ -432,8 +432,18 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     private func copyZeroes(_ clusters: Range<Int>) async throws(BlockError) {
         let range = bytes(of: clusters)
         TracePoint.cbwCopy("node \(node.name) offset \(range.offset) bytes \(range.count)")
-        try await target.writeZeroes(range, .mayUnmap)
+        try await zeroTarget(range)
         copiedBytes += range.count
+    }
+
+    /// Notes zeroes in the target, where it does not have them anyway: a fresh image then needs no tables for them.
+    private func zeroTarget(_ range: ByteRange) async throws(BlockError) {
+        if let status = try? await target.chainStatus(range, precise: false),
+            status.flags.contains(.zero), status.count >= range.count
+        {
+            return
+        }
+        try await target.writeZeroes(range, .mayUnmap)
     }
 
     private func copyRun(_ clusters: Range<Int>) async throws(BlockError) {
@@ -452,7 +462,7 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     private func copyPiece(_ piece: ByteRange, through memory: IOVector) async throws(BlockError) {
         try await child.read(piece.offset, into: memory)
         if memory.isZero {
-            try await target.writeZeroes(piece, .mayUnmap)
+            try await zeroTarget(piece)
         } else {
             try await target.write(piece.offset, from: memory)
         }
