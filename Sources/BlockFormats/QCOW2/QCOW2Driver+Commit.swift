@@ -118,8 +118,7 @@ extension QCOW2Driver {
         var failure: BlockError?
         for slice in l2.takeDirty() {
             do throws(BlockError) {
-                let copy = try IOBuffer(count: l2.sliceBytes).prefix(l2.sliceBytes)
-                copy.bytes.copyMemory(from: UnsafeRawBufferPointer(slice.bytes))
+                let copy = try l2.copy(slice)
                 slice.isWriting = true
                 changes.slices.append((slice, copy))
             } catch {

@@ -435,6 +435,9 @@ final class QCOW2Refcounts {
             writing = nil
             queue.wakeAll()
         }
+        // As copies: counts go on changing, and what is handed to a disk must not. Some take it in more than once,
+        // for a checksum, say.
+        let copies = try cache.copyDirty()
         let slices = cache.takeDirty()
         let entries = dirtyTableEntries
         dirtyTableEntries = []
@@ -446,7 +449,7 @@ final class QCOW2Refcounts {
                     slice.host, cache.sliceBytes, ignoring: .refcountBlock, "refcounts")
             }
             if !slices.isEmpty { await image.file.reached(.refblockUpdatePart) }
-            try await QCOW2TableCache.write(slices.map { ($0.host, $0.memory) }, to: image.file)
+            try await QCOW2TableCache.write(copies, to: image.file)
             if !entries.isEmpty { try await writeTable(entries) }
         } catch {
             for slice in slices { cache.markDirty(slice) }

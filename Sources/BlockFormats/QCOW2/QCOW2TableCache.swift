@@ -91,6 +91,19 @@ final class QCOW2TableCache {
         dirty.append(slice)
     }
 
+    /// What all dirty slices are to have in the file.
+    func copyDirty() throws(BlockError) -> [(host: Int, memory: IOSlice)] {
+        var copies: [(host: Int, memory: IOSlice)] = []
+        for slice in dirty { copies.append((slice.host, try copy(slice))) }
+        return copies
+    }
+
+    func copy(_ slice: Slice) throws(BlockError) -> IOSlice {
+        let copy = try IOBuffer(count: sliceBytes).prefix(sliceBytes)
+        copy.bytes.copyMemory(from: UnsafeRawBufferPointer(slice.bytes))
+        return copy
+    }
+
     /// All dirty slices, which are clean from now on.
     func takeDirty() -> [Slice] {
         let taken = dirty
