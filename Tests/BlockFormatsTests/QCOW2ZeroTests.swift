@@ -1,5 +1,6 @@
 import BlockCore
 import BlockGraph
+import BlockIO
 import Testing
 
 /// Zeroes that are written while nothing is below, and a backing image that shows later.
@@ -66,5 +67,33 @@ import Testing
             try await edge.discard(ByteRange(0, edge.size))
         }
         #expect(try folder.bytes("a.qcow2").count == before)
+    }
+
+    @Test func othersHaveTheirTurnWhileALargeRangeIsDiscarded() async throws {
+        let folder = try QCOW2TestFolder()
+        var variant = QCOW2Variant(clusterSize: 512)
+        variant.preallocation = "metadata"
+        try await folder.create("a.qcow2", variant.options(size: 16 << 20))
+        let turns = try await folder.open("a.qcow2") { edge throws(BlockError) in
+            final class State: @unchecked Sendable {
+                var turns = 0
+                var isOver = false
+            }
+            let state = State()
+            let thread = edge.node.thread
+            try await edge.discard(ByteRange(0, edge.size))
+            try await edge.flush()
+            // All tables are in memory now, and nothing is left to change: 512 slices are gone through.
+            thread.spawn {
+                while !state.isOver {
+                    state.turns += 1
+                    await thread.yield()
+                }
+            }
+            try await edge.discard(ByteRange(0, edge.size))
+            state.isOver = true
+            return state.turns
+        }
+        #expect(turns >= 16)
     }
 }

@@ -182,6 +182,9 @@ extension QCOW2Driver {
         case make
     }
 
+    /// How many slices are changed before others on the thread have their turn.
+    private static let slicesPerTurn = 16
+
     /// Changes the entries of whole clusters.
     ///
     /// - Parameters:
@@ -194,6 +197,7 @@ extension QCOW2Driver {
         let bits = geometry.clusterBits
         let coverage = 1 << geometry.l2CoverageBits
         var offset = range.offset
+        var sliceCount = 0
         while offset < range.end {
             let index = offset >> geometry.l2CoverageBits
             if QCOW2.L1Entry(rawValue: image.l1[index]).offset == 0, tablesInCreation[index] == nil,
@@ -202,6 +206,9 @@ extension QCOW2Driver {
                 offset = (offset & ~(coverage - 1)) + coverage
                 continue
             }
+            // Of a large disk there are many, and all may be in memory. Nothing is held from one to the next.
+            sliceCount += 1
+            if sliceCount.isMultiple(of: Self.slicesPerTurn) { await thread.yield() }
             let slice = try await writableSlice(at: offset)
             if let other = conflict(offset >> bits) {
                 await other.queue.wait()
