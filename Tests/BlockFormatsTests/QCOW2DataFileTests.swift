@@ -129,6 +129,18 @@ import Testing
         #expect(try await folder.contents("a.qcow2").allSatisfy { $0 == 0 })
     }
 
+    @Test func aNameThatTheImageCouldNotBeOpenedWithIsRefused() async throws {
+        let folder = try QCOW2TestFolder()
+        for name in ["json:{}", "nbd://host/x"] {
+            let error = await #expect(throws: BlockError.self) {
+                try await folder.create(
+                    "a.qcow2",
+                    ["size": 65536, "data-file": ["driver": "file", "filename": .string(name)]])
+            }
+            #expect(error?.code == .invalidArgument)
+        }
+    }
+
     @Test func compressedDataIsRefused() async throws {
         let folder = try QCOW2TestFolder()
         try await Self.create(folder)

@@ -23,7 +23,7 @@ enum QCOW2Creation {
                 .unsupported, "version 2 of qcow2 cannot preallocate clusters of encrypted images",
                 remedy: "use version=v3")
         }
-        let hasDataFile = try takeDataFile(options, &header)
+        let hasDataFile = try takeDataFile(options, &header, creation.graph.registry)
         // The raw file stands for the disk without the tables: none of its clusters may be elsewhere.
         let isRaw = header.autoclear.contains(.rawExternalData)
         guard !isRaw || encryption == nil else {
@@ -50,10 +50,10 @@ enum QCOW2Creation {
 
     /// Whether guest data goes to a file of its own.
     private static func takeDataFile(
-        _ options: OptionReader, _ header: inout QCOW2.Header
+        _ options: OptionReader, _ header: inout QCOW2.Header, _ registry: DriverRegistry
     ) throws(BlockError) -> Bool {
         let isRaw = try options.bool("data-file-raw") == true
-        guard try options.value("data-file") != nil else {
+        guard let file = try options.value("data-file") else {
             if isRaw {
                 throw BlockError(.invalidArgument, "'data-file-raw' needs 'data-file'")
             }
@@ -67,6 +67,14 @@ enum QCOW2Creation {
         guard !isRaw || header.backingName.isEmpty else {
             throw BlockError(
                 .invalidArgument, "a backing file and 'data-file-raw' exclude each other")
+        }
+        if file["driver"] == "file", case .string(let name)? = file["filename"],
+            QCOW2Driver.isProtocolName(name, registry)
+        {
+            throw BlockError(
+                .invalidArgument,
+                "the image could not be opened with '\(name)' as the name of its data file: that "
+                    + "does not stand for a local file", remedy: "begin the name with ./")
         }
         header.incompatible.insert(.externalData)
         if isRaw { header.autoclear.insert(.rawExternalData) }

@@ -81,7 +81,7 @@ extension QCOW2Driver {
 
     /// Whether a stored name says how to open something else than a file: `json:{…}`, `nbd:…`, `ssh://…`.
     /// Whoever wrote the image would choose what is opened, with options of every driver.
-    private static func isProtocolName(_ name: String, _ registry: DriverRegistry) -> Bool {
+    static func isProtocolName(_ name: String, _ registry: DriverRegistry) -> Bool {
         guard let colon = name.firstIndex(of: ":"), !name[..<colon].contains("/") else {
             return false
         }
