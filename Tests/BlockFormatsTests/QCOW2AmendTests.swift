@@ -167,6 +167,22 @@ import Testing
         #expect(try contents([]) == before[0])
     }
 
+    @Test func zeroesStayInVersion2WhenTheBackingFileIsLeftOut() async throws {
+        let folder = try QCOW2TestFolder()
+        try folder.write([UInt8](repeating: 7, count: 1 << 20), "base")
+        try folder.run([
+            "qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "a.qcow2",
+        ])
+        try folder.run(["qemu-io", "-c", "write -z 64k 128k", "a.qcow2"])
+        let before = try await folder.contents("a.qcow2")
+        try await folder.open("a.qcow2", options: ["backing": .null]) { edge throws(BlockError) in
+            try await Self.amend(edge, ["version": "v2"])
+        }
+        #expect(try Self.information(folder, "compat") == "0.10")
+        #expect(try await folder.contents("a.qcow2") == before)
+        try folder.check("a.qcow2")
+    }
+
     @Test func aReaderOfASnapshotSeesTheSameInVersion2() async throws {
         let folder = try QCOW2TestFolder()
         try folder.run(["qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "1M"])

@@ -37,9 +37,10 @@ extension QCOW2Driver {
         if zeroes.isEmpty { return }
         let references = try await refcounts.count(of: host >> geometry.clusterBits)
         let kept = zeroes.map { QCOW2.L2Entry(rawValue: table[$0]).offset }.filter { $0 != 0 }
-        let shown = zeroes.filter {
-            guest + $0 << geometry.clusterBits < node.backing?.size ?? 0
-        }
+        // One that was left out shows again when the image is opened with it: how long it is is not known.
+        let absent = image.header.backingName.isEmpty ? 0 : Int.max
+        let backingEnd = node.backing?.size ?? absent
+        let shown = zeroes.filter { guest + $0 << geometry.clusterBits < backingEnd }
         for index in zeroes { table[index] = 0 }
         var done = 0
         while done < shown.count {
