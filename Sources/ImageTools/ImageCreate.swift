@@ -88,8 +88,12 @@ public struct ImageCreate: Sendable {
 
     private typealias Create = @Sendable (ImageCreation) async throws(BlockError) -> Void
 
+    /// The image is its storage, without a format in it.
+    private var isRaw: Bool { ["raw", "file", "host_device"].contains(format) }
+
     private func creator() throws(BlockError) -> Create {
-        guard let create = try ToolSession.registry.driver(named: format).create else {
+        guard let create = try ToolSession.registry.driver(named: isRaw ? "raw" : format).create
+        else {
             throw BlockError(
                 .unsupported, "images of format '\(format)' cannot be created",
                 remedy: "use -f raw or -f qcow2")
@@ -189,13 +193,13 @@ public struct ImageCreate: Sendable {
         }
         // The file is made first, empty, and the format then in it. What a raw image reserves is
         // reserved by the file.
-        if format == "raw" {
+        if isRaw {
             file["size"] = options["size"]
             file["preallocation"] = options["preallocation"]
         }
         // A device is there already, and as long as it is.
-        let isDevice = (try? await session.isBlockDevice(path)) ?? false
-        if format == "raw" {
+        let isDevice = try await isDevice(path, in: session)
+        if isRaw {
             if isDevice {
                 try await clearDevice(path, options, in: session)
             } else {
@@ -222,6 +226,28 @@ public struct ImageCreate: Sendable {
                 try await Self.create(try Self.fileCreator(), dataOptions, in: session)
             }
         }
+    }
+
+    /// Whether the image is to be made on a device.
+    ///
+    /// - Throws: where the user says that it is one, or a file, and it is not.
+    private func isDevice(
+        _ path: String, in session: ToolSession
+    ) async throws(BlockError) -> Bool {
+        if format == "host_device" {
+            guard try await session.isBlockDevice(path) else {
+                throw BlockError(
+                    .invalidArgument, "'\(path)' is not a block device", remedy: "use -f raw")
+            }
+            return true
+        }
+        let isDevice = (try? await session.isBlockDevice(path)) ?? false
+        guard !isDevice || format != "file" else {
+            throw BlockError(
+                .invalidArgument, "'\(path)' is a block device",
+                remedy: "use -f raw or -f host_device")
+        }
+        return isDevice
     }
 
     /// Makes a raw disk of a device, which keeps its size: the beginning is cleared, or it would go on being

@@ -263,6 +263,14 @@ extension ToolSession {
     ) async throws(BlockError) -> JSONObject {
         var name = format
         if name == nil { name = try await graph.probeFormat(file) }
+        // Storage has nothing below it: the file is its own.
+        if let name, file["filename"] != nil,
+            try Self.registry.driver(named: name).kind == .storage
+        {
+            var options = file
+            options["driver"] = .string(name)
+            return options
+        }
         return ["driver": .string(name ?? "raw"), "file": .object(file)]
     }
 

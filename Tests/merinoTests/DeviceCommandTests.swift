@@ -40,6 +40,21 @@ import Testing
         }
     }
 
+    @Test func aDeviceIsAFormatOfItsOwn() throws {
+        try Self.withDevice { place, device in
+            try place.tool("qemu-img", "create", "-q", "-f", "qcow2", device, "8M")
+            let info = try place.merino("info", "-f", "host_device", device)
+            #expect(info.output.contains("file format: host_device"), "\(info.errors)")
+            #expect(info.output.contains("(16777216 bytes)"), "\(info.output)")
+            let file = try place.merino("create", "-q", "-f", "file", device, "16M")
+            #expect(file.status == 1 && file.errors.contains("is a block device"))
+            let made = try place.merino("create", "-q", "-f", "host_device", device, "16M")
+            #expect(made.status == 0, "\(made.errors)")
+            let now = try place.tool("qemu-img", "info", device)
+            #expect(now.output.contains("file format: raw"), "\(now.output)")
+        }
+    }
+
     @Test func createRawLeavesADeviceInUseAlone() throws {
         try Self.withDevice { place, device in
             try place.tool("qemu-img", "create", "-q", "-f", "qcow2", device, "8M")

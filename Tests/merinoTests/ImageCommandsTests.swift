@@ -92,6 +92,29 @@ import Testing
         #expect(same.status == 0 && same.output.contains("format: qcow2"), "\(same.errors)")
     }
 
+    @Test("-f file is the file itself, as it is for qemu-img")
+    func storageIsAFormat() throws {
+        let place = try Workplace()
+        try place.tool("qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+        try place.tool("truncate", "-s", "1M", "a.qcow2")
+        for words in [
+            ["info", "-f", "file", "a.qcow2"], ["map", "-f", "file", "a.qcow2"],
+            ["create", "-f", "file", "made", "1M"],
+            ["convert", "-f", "file", "-O", "file", "a.qcow2", "copy"],
+        ] {
+            let own = try place.run(Workplace.merino, words)
+            let other = try place.run("/usr/bin/env", ["qemu-img"] + words)
+            #expect(own.status == 0, "\(words): \(own.errors)")
+            #expect(own.output == other.output)
+        }
+        #expect(try place.tool("cmp", "a.qcow2", "copy").status == 0)
+        #expect(try place.tool("stat", "-c", "%s", "made").output == "1048576\n")
+        let io = try place.merino("io", "-f", "file", "-c", "write 0 4k", "made")
+        #expect(io.status == 0, "\(io.errors)")
+        let absent = try place.merino("create", "-f", "host_device", "made", "1M")
+        #expect(absent.status == 1 && absent.errors.contains("not a block device"))
+    }
+
     @Test(
         "map shows a raw image's extents as qemu-img does",
         arguments: [
