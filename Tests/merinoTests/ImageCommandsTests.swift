@@ -115,6 +115,23 @@ import Testing
         #expect(absent.status == 1 && absent.errors.contains("not a block device"))
     }
 
+    /// docs/drivers/raw.md: nodes to the byte, copies and what is told of images in whole sectors.
+    @Test func aFileThatEndsWithinASector() throws {
+        let place = try Workplace()
+        try place.tool("truncate", "-s", "1000", "a.raw")
+        let io = try place.merino(
+            "io", "-f", "raw", "-c", "length", "-c", "write -P 7 999 1", "a.raw")
+        #expect(io.status == 0 && io.output.hasPrefix("1000 bytes\n"), "\(io.output)\(io.errors)")
+        let past = try place.merino("io", "-f", "raw", "-c", "write 999 2", "a.raw")
+        #expect(past.status == 1, "\(past.output)")
+        let info = try place.merino("info", "-f", "raw", "a.raw")
+        #expect(info.output.contains("(1024 bytes)"), "\(info.output)")
+        let copy = try place.merino("convert", "-f", "raw", "-O", "raw", "a.raw", "b.raw")
+        #expect(copy.status == 0, "\(copy.errors)")
+        let sizes = try place.tool("stat", "-c", "%s", "a.raw", "b.raw")
+        #expect(sizes.output == "1000\n1024\n")
+    }
+
     @Test(
         "map shows a raw image's extents as qemu-img does",
         arguments: [
