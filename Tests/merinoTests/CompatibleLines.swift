@@ -27,6 +27,7 @@ enum CompatibleLines {
         "machineState": machineState,
         "exerciser": exerciser,
         "exerciserMisuse": exerciserMisuse,
+        "exerciserReopening": exerciserReopening,
         "server": server,
     ]
 

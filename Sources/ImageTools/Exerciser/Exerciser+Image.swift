@@ -32,13 +32,6 @@ extension Exerciser {
             try await exerciser.close()
         },
         Command(
-            name: "reopen", arguments: 0...Int.max, synopsis: "[(-r|-w)] [-c cache] [-o options]",
-            summary: "opens the image again with other options",
-            details: " -r read-only, -w writable, -c cache mode, -o node options"
-        ) { exerciser, words throws(BlockError) in
-            try await exerciser.reopen(words)
-        },
-        Command(
             name: "truncate", alias: "t", arguments: 1...3, synopsis: "[-m prealloc_mode] off",
             summary: "changes the image's size",
             details: " -m  how space is reserved when it grows: off, metadata, falloc, full"
@@ -102,35 +95,6 @@ extension Exerciser {
             try source.take(options: options, path: path)
         }
         try await open(source)
-    }
-
-    private func reopen(_ words: [String]) async throws(BlockError) {
-        let arguments = try ExerciserArguments(words, known: "c:o:rw", command: "reopen")
-        guard !arguments.has("r") || !arguments.has("w") else {
-            throw BlockError(.invalidArgument, "-r and -w exclude each other")
-        }
-        guard arguments.rest.isEmpty else {
-            throw BlockError(.invalidArgument, "reopen takes options only")
-        }
-        let old = source
-        var new = old
-        if arguments.has("r") { new.isWritable = false }
-        if arguments.has("w") { new.isWritable = true }
-        if let mode = arguments.value("c") { new.cache = try CacheMode(named: mode) }
-        if let options = arguments.value("o") {
-            try new.take(options: options, path: new.isOptions ? nil : new.name)
-        }
-        // The same format again: what was written meanwhile does not make it another.
-        if !new.isOptions, new.format == nil {
-            new.probedFormat = try image().node.description.name
-        }
-        try await close()
-        do throws(BlockError) {
-            try await open(new)
-        } catch {
-            try await open(old)
-            throw error
-        }
     }
 
     // MARK: Size and state
@@ -226,11 +190,17 @@ extension Exerciser {
 }
 
 extension ImageSource {
-    /// Opens by node options from here on; a path, where there is one, becomes the file's.
-    mutating func take(options text: String, path: String?) throws(BlockError) {
-        guard case .object(var options) = try KeyValue.parse(text) else {
+    /// Reads node options as `-o` takes them, nested.
+    static func nodeOptions(_ text: String) throws(BlockError) -> JSONObject {
+        guard case .object(let options) = try KeyValue.parse(text).nestingDottedKeys() else {
             throw BlockError(.invalidArgument, "'\(text)' are no options")
         }
+        return options
+    }
+
+    /// Opens by node options from here on; a path, where there is one, becomes the file's.
+    mutating func take(options text: String, path: String?) throws(BlockError) {
+        var options = try Self.nodeOptions(text)
         if let format, options["driver"] == nil { options["driver"] = .string(format) }
         if let path, options["file"] == nil { options["file"] = ["filename": .string(path)] }
         format = nil

@@ -61,7 +61,7 @@ public final class Exerciser: @unchecked Sendable {
     ]
 
     static let commands: [Command] =
-        (imageCommands + dataCommands + debugCommands + [help, quit, sleep])
+        (imageCommands + dataCommands + debugCommands + [help, quit, reopenCommand, sleep])
         .sorted { $0.name < $1.name }
 
     /// For completion.
