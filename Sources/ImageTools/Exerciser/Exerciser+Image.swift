@@ -198,13 +198,54 @@ extension ImageSource {
         return options
     }
 
-    /// Opens by node options from here on; a path, where there is one, becomes the file's.
+    /// Opens by node options from here on, or by a name with node options beside it.
     mutating func take(options text: String, path: String?) throws(BlockError) {
         var options = try Self.nodeOptions(text)
+        guard !isOptions else {
+            throw ExerciserArguments.misuse("--image-opts and 'open -o' are mutually exclusive")
+        }
+        guard let path else {
+            if let format, options["driver"] == nil { options["driver"] = .string(format) }
+            return take(options)
+        }
+        guard case .path(let file) = ImageName.kind(path) else {
+            // What such a name stands for has a file of its own.
+            guard options["file"] == nil else { throw Self.twoFiles(path) }
+            if case .string(let driver)? = options["driver"] { format = driver }
+            options["driver"] = nil
+            name = path
+            more = options
+            return
+        }
         if let format, options["driver"] == nil { options["driver"] = .string(format) }
-        if let path, options["file"] == nil { options["file"] = ["filename": .string(path)] }
+        if case .string(let driver)? = options["driver"],
+            try ToolSession.registry.driver(named: driver).kind == .storage
+        {
+            guard options["filename"] == nil else { throw Self.twoFiles(path) }
+            options["filename"] = .string(file)
+            return take(options)
+        }
+        var storage = JSONObject()
+        if let given = options["file"] {
+            guard case .object(let object) = given, object["filename"] == nil else {
+                throw Self.twoFiles(path)
+            }
+            storage = object
+        }
+        storage["filename"] = .string(file)
+        options["file"] = .object(storage)
+        take(options)
+    }
+
+    private mutating func take(_ options: JSONObject) {
         format = nil
         isOptions = true
         name = JSONValue.object(options).text()
+    }
+
+    private static func twoFiles(_ path: String) -> BlockError {
+        BlockError(
+            .invalidArgument, "the options name a file already: '\(path)' cannot be it too",
+            remedy: "give one of them")
     }
 }
