@@ -223,6 +223,19 @@ import Testing
         #expect(result.status == code, "\(result.errors)")
     }
 
+    @Test(arguments: [
+        "read -l 1 0 10", "read -s 1 0 10", "read 0 1 2", "write 0 1 2", "discard 0 1 2",
+    ])
+    func underTheOthersNameMisuseIsToldAmongTheResults(command: String) throws {
+        let place = try Workplace()
+        try place.tool("truncate", "-s", "1M", "a.raw")
+        try place.tool("ln", "-s", Workplace.merino, "qemu-io")
+        let result = try place.run(
+            "\(place.folder)/qemu-io", ["-f", "raw", "-c", command, "a.raw"])
+        #expect(result.status == 1)
+        #expect(!result.output.isEmpty && result.errors.isEmpty, "\(result.errors)")
+    }
+
     @Test("a part of a cluster of saved state is written, and the rest of it stays, shared or not")
     func theRestOfAClusterOfStateStays() throws {
         let place = try Workplace()

@@ -35,7 +35,10 @@ extension Exerciser {
             details: " -C, -P, -q, -v as for read; -i reads nothing"
         ) { exerciser, words throws(BlockError) in
             let request = try await ReadRequest(words, known: "CP:iqv", "aio_read", vectored: true)
-            if request.isInvalid { return }
+            if request.isInvalid {
+                exerciser.output("injecting invalid read request\n")
+                return
+            }
             exerciser.start {
                 await exerciser.perform(request, named: "readv", isBeside: true)
             }
@@ -72,7 +75,10 @@ extension Exerciser {
         ) { exerciser, words throws(BlockError) in
             let request = try await WriteRequest(
                 words, known: "CfiP:quz", "aio_write", vectored: true, exerciser)
-            if request.isInvalid { return }
+            if request.isInvalid {
+                exerciser.output("injecting invalid write request\n")
+                return
+            }
             exerciser.start {
                 await exerciser.perform(request, named: "aio_write", isBeside: true)
             }
@@ -120,7 +126,7 @@ extension Exerciser {
             isMachineState = arguments.has("b")
             pattern = try arguments.pattern()
             if pattern == nil, arguments.value("s") != nil || arguments.value("l") != nil {
-                throw BlockError(.invalidArgument, "-s and -l are of use with -P only")
+                throw ExerciserArguments.misuse("-s and -l are of use with -P only")
             }
             let counts: [Int]
             (offset, counts) = try Exerciser.place(arguments, name, vectored: vectored)
@@ -222,7 +228,12 @@ extension Exerciser {
             isQuiet = arguments.has("q")
             forPrograms = arguments.has("C")
             isInvalid = arguments.has("i")
-            guard !isZero else { return }
+            guard !isZero else {
+                guard counts.count == 1 || isInvalid else {
+                    throw ExerciserArguments.misuse("-z supports only a single length parameter")
+                }
+                return
+            }
             if isMachineState { try Exerciser.checkSectors(offset, counts) }
             let pattern = try arguments.pattern() ?? 0xcd
             let memory = try Exerciser.memory(counts)
@@ -341,9 +352,8 @@ extension Exerciser {
     ) throws(BlockError) -> (offset: Int, counts: [Int]) {
         let words = arguments.rest
         guard words.count == 2 || vectored && words.count > 2 else {
-            throw BlockError(
-                .invalidArgument, "\(name) needs an offset and a length",
-                remedy: "try 'help \(name)'")
+            throw ExerciserArguments.misuse(
+                "\(name) needs an offset and " + (vectored ? "lengths" : "one length"))
         }
         let offset = try ExerciserArguments.bytes(words[0])
         var counts: [Int] = []
@@ -368,10 +378,10 @@ extension Exerciser {
 
     /// Saved state goes in whole sectors.
     private static func checkSectors(_ offset: Int, _ counts: [Int]) throws(BlockError) {
-        for (value, name) in [(offset, "offset")] + counts.map({ ($0, "length") })
+        for (value, name) in [(offset, "offset")] + counts.map({ ($0, "count") })
         where !value.isAligned(to: 512) {
-            throw BlockError(
-                .invalidArgument, "the \(name) \(value) is no multiple of 512, which -b needs")
+            throw ExerciserArguments.misuse(
+                "\(value) is not a sector-aligned value for '\(name)'")
         }
     }
 

@@ -55,8 +55,10 @@ extension Exerciser {
             summary: "sends the program a signal, by its number",
             details: " 'sigraise 15' raises SIGTERM"
         ) { _, words throws(BlockError) in
-            guard let number = Int32(words[0]), number >= 0, number < 65 else {
-                throw BlockError(.invalidArgument, "'\(words[0])' is no number of a signal")
+            let value = try ExerciserArguments.bytes(words[0])
+            guard value < 65, let number = Int32(exactly: value) else {
+                throw ExerciserArguments.misuse(
+                    "signal argument '\(words[0])' is too large to be a valid signal")
             }
             if number > 0 { Exerciser.setDefault(number) }
             _ = raise(number)

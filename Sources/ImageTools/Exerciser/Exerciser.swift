@@ -199,7 +199,7 @@ extension Exerciser {
             return
         }
         guard let command = command(named: name) else {
-            throw BlockError(.notFound, "there is no command '\(name)'", remedy: "try 'help'")
+            throw ExerciserArguments.misuse("command \(name) not found")
         }
         exerciser.output(line(of: command))
         if let details = command.details { exerciser.output("\n\(details)\n\n") }
@@ -211,7 +211,7 @@ extension Exerciser {
     }
 
     private static let quit = Command(
-        name: "quit", alias: "q", arguments: 0...0, needsImage: false, synopsis: "",
+        name: "quit", alias: "q", arguments: 0...Int.max, needsImage: false, synopsis: "",
         summary: "exit the program"
     ) { exerciser, _ throws(BlockError) in
         exerciser.isFinished = true

@@ -64,6 +64,12 @@ enum ExerciserReport {
         (number < 10 ? "0" : "") + String(number)
     }
 
+    /// Whether a dump shows a byte as a character: letters and digits only, as scripts expect.
+    private static func isShown(_ byte: UInt8) -> Bool {
+        let character = Character(Unicode.Scalar(byte))
+        return character.isASCII && (character.isLetter || character.isNumber)
+    }
+
     /// Bytes in hexadecimal and as characters, sixteen a line.
     static func dump(_ vector: IOVector, offset: Int) -> String {
         let bytes = vector.array
@@ -77,8 +83,7 @@ enum ExerciserReport {
             }
             text += " "
             for byte in row {
-                let isPlain = byte >= 0x20 && byte < 0x7f
-                text.unicodeScalars.append(isPlain ? Unicode.Scalar(byte) : ".")
+                text.unicodeScalars.append(isShown(byte) ? Unicode.Scalar(byte) : ".")
             }
             text += "\n"
         }
