@@ -102,7 +102,12 @@ extension BlockNode {
                 try await awkwardWrite(offset, from: vector, flags)
             }
         } catch {
-            failed(range, flags, error)
+            if flags.contains(.fua) {
+                await durableChangeFailed(error) { () throws(BlockError) in
+                    try await awkwardWrite(offset, from: vector, flags.subtracting(.fua))
+                }
+            }
+            failed(range)
             tracker.leave(request)
             throw error
         }
@@ -110,16 +115,37 @@ extension BlockNode {
         tracker.leave(request)
     }
 
-    /// A change that failed may have happened in part: who records changes counts it as one. And the
-    /// system tells of a failed write-back once: when a durable write is told, later flushes must tell
-    /// it too.
-    func failed(_ range: ByteRange, _ flags: WriteFlags, _ error: BlockError) {
+    /// A change that failed may have happened in part: who records changes counts it as one.
+    func failed(_ range: ByteRange) {
         changedSinceFlush = true
         for observer in writeObservers { observer.changed(range) }
-        if flags.contains(.fua), driver.supportsFUA, error.code == .inputOutput {
-            rememberFlushFailure(error)
-        }
     }
+
+    /// The system tells of a failed write-back once, whatever kept the data from the storage: when a
+    /// durable change is told, later flushes must tell it too.
+    ///
+    /// - Parameter again: the change without its promise. What wants space may be the change itself; if
+    ///   it has its space, what was written before had none.
+    private func durableChangeFailed(
+        _ error: BlockError, again: () async throws(BlockError) -> Void
+    ) async {
+        // Where the driver promises nothing, a flush came after; a change that is not supported did nothing.
+        guard driver.supportsFUA, error.code != .unsupported else { return }
+        if error.code == .noSpace, !hasLossBelow {
+            guard description.kind == .storage else { return }
+            do throws(BlockError) { try await again() } catch { return }
+        } else if error.code != .inputOutput, !isLoss {
+            return
+        }
+        rememberFlushFailure(error)
+    }
+
+    /// Whether a failure of the node to make something durable is one of storage.
+    private var isLoss: Bool {
+        description.kind == .storage || driver.simulatesStorage || hasLossBelow
+    }
+
+    private var hasLossBelow: Bool { nodesBelow.contains { $0.flushFailure != nil } }
 
     private func rememberFlushFailure(_ error: BlockError) {
         flushFailure = BlockError(
@@ -247,7 +273,12 @@ extension BlockNode {
         do throws(BlockError) {
             try await zeroParts(range, passed)
         } catch {
-            failed(range, flags, error)
+            if flags.contains(.fua) {
+                await durableChangeFailed(error) { () throws(BlockError) in
+                    try await zeroParts(range, passed.subtracting(.fua))
+                }
+            }
+            failed(range)
             throw error
         }
         written(range)
@@ -312,7 +343,7 @@ extension BlockNode {
             try await driver.discard(inner)
         } catch {
             if error.code == .unsupported { return }
-            failed(inner, [], error)
+            failed(inner)
             throw error
         }
         changedSinceFlush = true
@@ -329,10 +360,7 @@ extension BlockNode {
         do throws(BlockError) {
             try await driver.flush()
         } catch {
-            let isLost =
-                description.kind == .storage || driver.simulatesStorage
-                || nodesBelow.contains { $0.flushFailure != nil }
-            if isLost { rememberFlushFailure(error) }
+            if isLoss { rememberFlushFailure(error) }
             changedSinceFlush = true
             throw error
         }

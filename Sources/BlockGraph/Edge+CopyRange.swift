@@ -86,7 +86,7 @@ extension BlockNode {
         do throws(BlockError) {
             try await driver.copyRange(from: stored, to: offset, method)
         } catch {
-            failed(range, [], error)
+            failed(range)
             throw error
         }
         written(range)

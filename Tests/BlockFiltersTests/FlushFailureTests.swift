@@ -6,6 +6,10 @@ import BlockTesting
 import QMP
 import Testing
 
+#if canImport(Glibc)
+import Glibc
+#endif
+
 /// What a failed flush leaves behind: a loss that is told for ever, or a want of space that passes.
 @Suite struct FlushFailureTests {
     private static let size = 4 << 20
@@ -68,6 +72,66 @@ import Testing
             ]
         }
         #expect(codes == Array(repeating: .inputOutput, count: 5))
+    }
+
+    /// Whatever number the system tells of writes that did not get to storage, it does so once.
+    @Test(arguments: [EIO, ENOSPC, ESTALE, ENODEV, ETIMEDOUT], [false, true])
+    func aDurableChangeThatIsToldOfALossMakesFlushesAndTheEndFail(
+        error: Int32, isZeroing: Bool
+    ) async throws {
+        let simulation = Simulation(seed: 1, .calm)
+        simulation.disk.addFile("/a", size: Self.size)
+        let codes = try await SimulatedGraph.with(simulation) { setup throws(BlockError) in
+            try await setup.open([
+                "driver": "raw", "node-name": "disk",
+                "file": ["driver": "file", "filename": "/a"],
+            ])
+            let edge = try setup.use("disk")
+            try await setup.write(edge, 0, 65536, 1)
+            simulation.faults = [
+                FaultRule(isZeroing ? .synchronize : .write, path: "/a", .fail(error), times: 1)
+            ]
+            let codes = [
+                await Self.code { () throws(BlockError) in
+                    if isZeroing {
+                        try await edge.writeZeroes(ByteRange(65536, 65536), .fua)
+                    } else {
+                        try await Self.durableWrite(edge)
+                    }
+                },
+                await Self.code { () throws(BlockError) in try await edge.flush() },
+                await Self.code { () throws(BlockError) in try await edge.flush() },
+            ]
+            try await setup.leave(edge)
+            let node = try setup.graph.requireNode(named: "disk")
+            return codes + [
+                await Self.code { () throws(BlockError) in try await setup.graph.remove(node) }
+            ]
+        }
+        let expected = BlockError.Code(systemError: error)
+        #expect(codes == Array(repeating: expected, count: 4))
+    }
+
+    @Test func aDurableWriteThatFindsNoSpaceForItselfLeavesFlushesAlone() async throws {
+        let simulation = Simulation(seed: 1, .calm)
+        simulation.disk.addFile("/a", size: Self.size)
+        let codes = try await SimulatedGraph.with(simulation) { setup throws(BlockError) in
+            try await setup.open([
+                "driver": "raw", "node-name": "disk",
+                "file": ["driver": "file", "filename": "/a"],
+            ])
+            let edge = try setup.use("disk")
+            try await setup.write(edge, 0, 65536, 1)
+            simulation.faults = [FaultRule(.write, path: "/a", .fail(ENOSPC))]
+            let first = await Self.code { () throws(BlockError) in
+                try await Self.durableWrite(edge)
+            }
+            simulation.faults = []
+            let flush = await Self.code { () throws(BlockError) in try await edge.flush() }
+            try await Self.durableWrite(edge)
+            return [first, flush]
+        }
+        #expect(codes == [.noSpace, nil])
     }
 
     @Test(arguments: [28, 5]) func tablesThatCouldNotBeWrittenAreWrittenLater(

@@ -220,7 +220,13 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
             if mode == .punchHole { canPunchHoles = false } else { canZeroRanges = false }
             throw error
         }
-        if flags.contains(.fua) { try await file.synchronize() }
+        guard flags.contains(.fua) else { return }
+        do throws(BlockError) {
+            try await file.synchronize()
+        } catch  where error.code == .unsupported {
+            // Of what was written before; the zeroes themselves are there, and nothing else is to be tried.
+            throw BlockError(.inputOutput, error.message, systemError: error.systemError)
+        }
     }
 
     public func discard(_ range: ByteRange) async throws(BlockError) {
