@@ -70,6 +70,14 @@ public struct FileIdentity: Hashable, Sendable {
 /// What a byte-range lock asks for.
 public enum LockKind: Sendable { case shared, exclusive, none }
 
+/// Who has a lock.
+public enum LockHolder: Sendable, Equatable {
+    /// This process, by another opening of the file.
+    case thisProcess
+    /// Another one, as `"name (pid 123)"`.
+    case process(String)
+}
+
 /// The calls that are not asynchronous anywhere: they may block, and run on worker threads
 /// (``IOThread/offload(_:)``) unless they are known to be quick.
 public protocol IOSystem: Sendable {
@@ -106,8 +114,8 @@ public protocol IOSystem: Sendable {
     /// Whether a lock could be taken.
     func canLock(_ handle: IOHandle, _ range: ByteRange, _ kind: LockKind) throws(BlockError)
         -> Bool
-    /// Other processes that have the file open, as `"name (pid 123)"`; what the system lets us see.
-    func holders(of identity: FileIdentity) -> [String]
+    /// Who has a lock on a byte of the file, `handle` itself aside: those that the system lets us see.
+    func holders(ofLock byte: Int, besides handle: IOHandle) -> [LockHolder]
 
     /// A listening socket, bound to `address`.
     func listen(_ address: SocketAddress, backlog: Int32) throws(BlockError) -> IOHandle

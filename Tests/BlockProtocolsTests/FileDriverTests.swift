@@ -65,6 +65,55 @@ import Glibc
         }
     }
 
+    // MARK: Who has a lock
+
+    /// A writer comes while a process that nobody sees has the locks of one; they go after a time, or not.
+    private static func refusal(
+        unlockedAfter nanoseconds: UInt64?
+    ) async throws -> BlockError? {
+        let simulation = Simulation(seed: 11, .calm)
+        simulation.disk.addFile("/disk", size: 8192)
+        for byte in [101, 201] { simulation.disk.lockUnseen("/disk", byte) }
+        return try await simulation.run { thread throws(BlockError) -> BlockError? in
+            let graph = BlockGraph(on: thread, registry: DriverRegistry(BlockProtocols.drivers))
+            if let nanoseconds {
+                thread.spawn {
+                    await thread.sleep(nanoseconds: nanoseconds)
+                    simulation.disk.unlockUnseen("/disk")
+                }
+            }
+            let node = try await Self.open(graph, "a", "/disk")
+            let refusal = await Self.failure { () throws(BlockError) in
+                try await graph.detach(try Self.write(node))
+            }
+            try await graph.closeAll()
+            return refusal
+        }
+    }
+
+    @Test func aHolderThatCannotBeSeenIsNotTakenForThisProcess() async throws {
+        let refusal = try await Self.refusal(unlockedAfter: nil)
+        #expect(refusal?.code == .permissionDenied)
+        #expect(
+            refusal?.message
+                == "'/disk' is in use: 'write' is not shared by another process "
+                + "(which one cannot be seen)")
+    }
+
+    @Test func aNodeOfThisProcessThatHasTheLockIsTold() async throws {
+        try await Self.withDisk { graph, folder throws(BlockError) in
+            let edge = try Self.write(try await Self.open(graph, "a", "\(folder)/disk"))
+            let other = try await Self.open(graph, "b", "\(folder)/disk")
+            let refusal = await Self.failure { () throws(BlockError) in
+                try await graph.detach(try Self.write(other))
+            }
+            #expect(
+                refusal?.message.hasSuffix("'write' is not shared by another node of this process")
+                    == true, "\(refusal?.message ?? "no refusal")")
+            try await graph.detach(edge)
+        }
+    }
+
     static func descriptors(of path: String) -> [Int32] {
         var wanted = stat()
         stat(path, &wanted)

@@ -173,9 +173,9 @@ struct HostSystem: IOSystem {
         #endif
     }
 
-    func holders(of identity: FileIdentity) -> [String] {
+    func holders(ofLock byte: Int, besides handle: IOHandle) -> [LockHolder] {
         #if os(Linux)
-        return ProcessFiles.holders(of: identity)
+        return ProcessFiles.holders(ofLock: byte, besides: handle)
         #else
         return []
         #endif

@@ -2,29 +2,55 @@
 import BlockCore
 import Glibc
 
-/// Looks through `/proc` for who has a file open: for errors that name the holder of a lock.
+/// Looks through `/proc` for who has a lock on a file: for errors that name its holder.
 enum ProcessFiles {
-    /// `"name (pid 123)"` of every other process that has the file open and may be looked at.
-    static func holders(of identity: FileIdentity) -> [String] {
-        var result: [String] = []
+    private static let holderCountMax = 8
+    /// One opening of a file has some 50 bytes of text for each of its locks.
+    private static let textBytesMax = 1 << 20
+
+    /// Those that may be looked at, this process first.
+    static func holders(ofLock byte: Int, besides handle: IOHandle) -> [LockHolder] {
+        var file = stat()
+        guard fstat(handle.rawValue, &file) == 0 else { return [] }
+        var result: [LockHolder] = []
+        if hasLock("/proc/self", file, byte, besides: handle.rawValue) {
+            result.append(.thisProcess)
+        }
         let own = getpid()
         for entry in entries(of: "/proc") {
             guard let process = Int32(entry), process != own,
-                hasOpen(process, identity)
+                hasLock("/proc/\(process)", file, byte)
             else { continue }
-            result.append("\(name(of: process)) (pid \(process))")
-            if result.count == 8 { break }
+            result.append(.process("\(name(of: process)) (pid \(process))"))
+            if result.count == holderCountMax { break }
         }
         return result
     }
 
-    private static func hasOpen(_ process: Int32, _ identity: FileIdentity) -> Bool {
-        let folder = "/proc/\(process)/fd"
-        for entry in entries(of: folder) {
+    private static func hasLock(
+        _ process: String, _ file: stat, _ byte: Int, besides own: Int32? = nil
+    ) -> Bool {
+        for entry in entries(of: "\(process)/fd") where Int32(entry) != own {
             var info = stat()
-            if stat("\(folder)/\(entry)", &info) == 0, UInt64(info.st_ino) == identity.inode,
-                UInt64(info.st_dev) == identity.device
-            {
+            guard stat("\(process)/fd/\(entry)", &info) == 0, info.st_ino == file.st_ino,
+                info.st_dev == file.st_dev
+            else { continue }
+            let path = "\(process)/fdinfo/\(entry)"
+            guard let text = try? SmallFile.read(path, bytesMax: textBytesMax) else { continue }
+            if lists(String(decoding: text, as: UTF8.self), lockOn: byte) { return true }
+        }
+        return false
+    }
+
+    /// Whether a file of `/proc/PID/fdinfo` lists a lock on `byte`: lines that begin with `lock:` and end
+    /// with the first and the last byte of one, or `EOF`.
+    static func lists(_ text: String, lockOn byte: Int) -> Bool {
+        for line in text.split(separator: "\n") where line.hasPrefix("lock:") {
+            let words = line.split(separator: " ").suffix(2)
+            guard words.count == 2, let first = words.first.flatMap({ Int($0) }),
+                let last = words.last
+            else { continue }
+            if first <= byte, last == "EOF" || Int(last).map({ byte <= $0 }) == true {
                 return true
             }
         }

@@ -43,7 +43,7 @@ enum FileCreation {
         _ file: File, _ size: Int, _ preallocation: Preallocation
     ) async throws(BlockError) {
         // An image that another process uses is not cut to nothing.
-        let locks = ImageLocks(file, identity: try await file.status().identity, required: false)
+        let locks = ImageLocks(file, required: false, isForCreation: true)
         try locks.prepare(Access(uses: [.write, .resize], shares: []))
         defer { locks.abort() }
         try await file.setSize(0)

@@ -38,7 +38,7 @@ extension FileDriver {
         let (newFile, oldFile) = (prepared.file, file)
         if wantsLocks {
             prepared.locks = locks
-            if locks == nil { prepared.locks = try await newLocks(newFile ?? oldFile) }
+            if locks == nil { prepared.locks = ImageLocks(newFile ?? oldFile, required: false) }
         }
         self.reopening = prepared
         var result = DriverReopening()
@@ -49,10 +49,6 @@ extension FileDriver {
         }
         if newFile != nil { result.finish = { await oldFile.close() } }
         return result
-    }
-
-    private func newLocks(_ file: File) async throws(BlockError) -> ImageLocks {
-        ImageLocks(file, identity: try await file.status().identity, required: false)
     }
 
     /// Opens the file in the new mode; read-only where `auto-read-only` allows that and writing is

@@ -74,7 +74,7 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
             try check(status.kind, device: device, path)
             var locks: ImageLocks?
             if locking != .off, !opening.node.options.sharesAll {
-                locks = ImageLocks(file, identity: status.identity, required: locking == .on)
+                locks = ImageLocks(file, required: locking == .on)
             }
             return FileDriver(
                 node: opening.node, file: file, status: status, isDevice: device, locks: locks)

@@ -19,17 +19,18 @@ final class ImageLocks {
     private static let unsharedBase = 200
 
     private var file: File
-    private let identity: FileIdentity
+    /// The file is about to be made anew.
+    private let isForCreation: Bool
     /// Locks were asked for by name: doing without is an error.
     var required: Bool
     private var isSupported = true
     private var current = Access.none
     private var pending: Access?
 
-    init(_ file: File, identity: FileIdentity, required: Bool) {
+    init(_ file: File, required: Bool, isForCreation: Bool = false) {
         self.file = file
-        self.identity = identity
         self.required = required
+        self.isForCreation = isForCreation
     }
 
     func prepare(_ access: Access) throws(BlockError) {
@@ -100,7 +101,9 @@ final class ImageLocks {
     }
 
     private func takeByte(_ byte: Int, _ name: String) throws(BlockError) {
-        guard try file.lock(ByteRange(byte, 1), .shared) else { throw refused(name) }
+        guard try file.lock(ByteRange(byte, 1), .shared) else {
+            throw refused(byte, "its '\(name)' lock is held alone by")
+        }
     }
 
     private func drop(uses: Permission, unshared: Permission) {
@@ -123,24 +126,42 @@ final class ImageLocks {
     private func checkOthers(_ access: Access) throws(BlockError) {
         for (index, entry) in Permission.each.enumerated() {
             if access.uses.contains(entry.permission) {
-                try checkByte(Self.unsharedBase + index, entry.name)
+                try checkByte(
+                    Self.unsharedBase + index, "'\(entry.name)' is not shared by")
             }
             if !access.shares.contains(entry.permission) {
-                try checkByte(Self.usesBase + index, entry.name)
+                try checkByte(Self.usesBase + index, "its '\(entry.name)' lock is held by")
             }
         }
     }
 
-    private func checkByte(_ byte: Int, _ name: String) throws(BlockError) {
-        guard try file.canLock(ByteRange(byte, 1), .exclusive) else { throw refused(name) }
+    private func checkByte(_ byte: Int, _ conflict: String) throws(BlockError) {
+        guard try file.canLock(ByteRange(byte, 1), .exclusive) else {
+            throw refused(byte, conflict)
+        }
     }
 
-    private func refused(_ permission: String) -> BlockError {
-        let holders = file.thread.system.holders(of: identity)
-        let who = holders.isEmpty ? "another node of this process" : holders.joined(separator: ", ")
+    private func refused(_ byte: Int, _ conflict: String) -> BlockError {
+        let holders = file.thread.system.holders(ofLock: byte, besides: file.handle)
+        let names = holders.map {
+            switch $0 {
+            case .thisProcess: "another node of this process"
+            case .process(let name): name
+            }
+        }
+        let who =
+            names.isEmpty
+            ? "another process (which one cannot be seen)" : names.joined(separator: ", ")
         return BlockError(
-            .permissionDenied,
-            "'\(file.path)' is in use: \(who) holds its '\(permission)' lock",
-            remedy: "stop that process, or open the image with read-only=on and force-share=on")
+            .permissionDenied, "'\(file.path)' is in use: \(conflict) \(who)",
+            remedy: remedy(holders))
+    }
+
+    private func remedy(_ holders: [LockHolder]) -> String {
+        let end = holders == [.thisProcess] ? "remove that node" : "stop that process"
+        if isForCreation { return "\(end), or choose another name" }
+        let writes = pending?.uses.isDisjoint(with: [.write, .resize]) == false
+        return end + (writes ? ", or, to read the image meanwhile," : ", or")
+            + " open it with read-only=on and force-share=on"
     }
 }

@@ -57,6 +57,16 @@ public final class SimulatedDisk: @unchecked Sendable {
     /// In alphabetical order.
     public var paths: [String] { names.keys.sorted() }
 
+    /// Has a process that nobody sees take a shared lock on a byte of a file.
+    public func lockUnseen(_ path: String, _ byte: Int) {
+        names[path]?.locks.append((SimulatedFile.unseenHolder, ByteRange(byte, 1), false))
+    }
+
+    /// Its locks go.
+    public func unlockUnseen(_ path: String) {
+        names[path]?.locks.removeAll { $0.holder == SimulatedFile.unseenHolder }
+    }
+
     public func size(of path: String) -> Int? { names[path]?.current.size }
 
     /// Space that a file takes, in bytes.

@@ -76,6 +76,8 @@ final class SimulatedFile {
     private var log: [(change: FileChange, mustSurvive: Bool, isPassing: Bool)] = []
     /// How many changes left the log before those in it.
     private var logStart = 0
+    /// No handle: somebody else has the lock.
+    static let unseenHolder: IOHandleNumber = -1
     var locks: [(holder: IOHandleNumber, range: ByteRange, isExclusive: Bool)] = []
 
     init(number: UInt64) {

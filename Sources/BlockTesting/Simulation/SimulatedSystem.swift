@@ -150,7 +150,13 @@ final class SimulatedSystem: IOSystem, @unchecked Sendable {
         }
     }
 
-    func holders(of identity: FileIdentity) -> [String] { [] }
+    func holders(ofLock byte: Int, besides handle: IOHandle) -> [LockHolder] {
+        let isHeld = files[handle]?.file.locks.contains {
+            $0.holder != handle.rawValue && $0.holder != SimulatedFile.unseenHolder
+                && $0.range.contains(ByteRange(byte, 1))
+        }
+        return isHeld == true ? [.thisProcess] : []
+    }
 
     // MARK: Sockets
 
