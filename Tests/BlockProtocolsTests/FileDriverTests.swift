@@ -91,6 +91,12 @@ import Glibc
         }
     }
 
+    /// With io_uring the system ends what a process had under way after that process is gone.
+    @Test func locksOfAProcessThatWasKilledAreWaitedFor() async throws {
+        let refusal = try await Self.refusal(unlockedAfter: 30_000_000)
+        #expect(refusal == nil)
+    }
+
     @Test func aHolderThatCannotBeSeenIsNotTakenForThisProcess() async throws {
         let refusal = try await Self.refusal(unlockedAfter: nil)
         #expect(refusal?.code == .permissionDenied)

@@ -44,6 +44,7 @@ enum FileCreation {
     ) async throws(BlockError) {
         // An image that another process uses is not cut to nothing.
         let locks = ImageLocks(file, required: false, isForCreation: true)
+        await locks.waitForEndedHolders(writing: true)
         try locks.prepare(Access(uses: [.write, .resize], shares: []))
         defer { locks.abort() }
         try await file.setSize(0)

@@ -74,7 +74,9 @@ public final class FileDriver: BlockDriver, @unchecked Sendable {
             try check(status.kind, device: device, path)
             var locks: ImageLocks?
             if locking != .off, !opening.node.options.sharesAll {
-                locks = ImageLocks(file, required: locking == .on)
+                let wanted = ImageLocks(file, required: locking == .on)
+                await wanted.waitForEndedHolders(writing: !opening.node.isReadOnly)
+                locks = wanted
             }
             return FileDriver(
                 node: opening.node, file: file, status: status, isDevice: device, locks: locks)

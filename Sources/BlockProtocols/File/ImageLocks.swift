@@ -33,6 +33,54 @@ final class ImageLocks {
         self.isForCreation = isForCreation
     }
 
+    // MARK: Holders that are gone
+
+    /// The time that the system takes to end what a process had under way when it was killed: with
+    /// io_uring it goes on after that process is gone, and keeps its files open.
+    private static let endNanoseconds: UInt64 = 10_000_000
+    private static let endCountMax = 20
+
+    /// Waits a short while for locks that are in the way and whose holder cannot be seen.
+    ///
+    /// - Parameter writing: the image is to be written.
+    func waitForEndedHolders(writing: Bool) async {
+        guard let byte = byteInTheWay(writing: writing) else { return }
+        let (system, handle) = (file.thread.system, file.handle)
+        let holders = await file.thread.offload {
+            system.holders(ofLock: byte, besides: handle)
+        }
+        guard holders.isEmpty else { return }
+        for _ in 0..<Self.endCountMax {
+            await file.thread.sleep(nanoseconds: Self.endNanoseconds)
+            if byteInTheWay(writing: writing) == nil { return }
+        }
+    }
+
+    /// Of those that stand against what images are mostly opened for: to be read without being written
+    /// meanwhile, and to be written.
+    private func byteInTheWay(writing: Bool) -> Int? {
+        for (index, entry) in Permission.each.enumerated() {
+            switch entry.permission {
+            case .write:
+                if isHeld(Self.usesBase + index) { return Self.usesBase + index }
+                if writing, isHeld(Self.unsharedBase + index) { return Self.unsharedBase + index }
+            case .consistentRead:
+                if isHeld(Self.unsharedBase + index) { return Self.unsharedBase + index }
+            default: break
+            }
+        }
+        return nil
+    }
+
+    private func isHeld(_ byte: Int) -> Bool {
+        // Where locks cannot be had, whoever takes them says so.
+        do throws(BlockError) {
+            return try !file.canLock(ByteRange(byte, 1), .exclusive)
+        } catch { return false }
+    }
+
+    // MARK: Changes
+
     func prepare(_ access: Access) throws(BlockError) {
         guard isSupported else { return }
         do throws(BlockError) {
