@@ -64,6 +64,8 @@ final class NBDConnection: @unchecked Sendable {
     private var readSleeper: UnsafeContinuation<Void, Never>?
     /// It has left, as far as it can tell: the server's to say.
     var isGone = false
+    /// It has chosen an export.
+    private(set) var hasNegotiated = false
     private var roomSleeper: UnsafeContinuation<Void, Never>?
     private var doneSleeper: UnsafeContinuation<Void, Never>?
     private var rules: NBDRequestRules?
@@ -126,6 +128,7 @@ final class NBDConnection: @unchecked Sendable {
         do throws(BlockError) {
             var input = try NBDInput()
             if let session = try await negotiate(&input), let export {
+                hasNegotiated = true
                 await join(export)
                 // It may have been removed, or changed, while the client made up its mind.
                 let edge = try export.edge(ofSize: session.export.size)

@@ -38,8 +38,10 @@ public final class NBDServer: @unchecked Sendable {
     private let bytesInFlight = Atomic<Int>(0)
     private var isStopped = false
     private let logger: @Sendable (String) -> Void
-    /// Called when a client has left and none is there: what `qemu-nbd` ends on.
+    /// Called when a client has left, none is there, and one has used an export since the last call: what
+    /// `qemu-nbd` ends on. Whoever only asks what there is, or fails at negotiation, ends nothing.
     public var lastClientLeft: (() -> Void)?
+    private var wasUsed = false
 
     public init(
         on thread: IOThread, _ options: Options = Options(),
@@ -171,9 +173,12 @@ public final class NBDServer: @unchecked Sendable {
 
     private func left(_ connection: NBDConnection) {
         connections.removeAll { $0 === connection }
+        if connection.hasNegotiated { wasUsed = true }
         room.wakeAll()
         guard connections.isEmpty else { return }
         departure.wakeAll()
+        guard wasUsed else { return }
+        wasUsed = false
         lastClientLeft?()
     }
 
