@@ -122,4 +122,48 @@ private final class PatientDriver: IdleDriver, @unchecked Sendable {
             #expect(told.count == 1)
         }
     }
+
+    private static let extended = RawClient.flags + RawClient.option(11)
+
+    /// Requests that would take hours.
+    @Test(arguments: [
+        extended + RawClient.go("disk")
+            + RawClient.extendedRequest(5, 0, UInt64(PatientDriver.size)),
+        extended + RawClient.contexts("disk", ["base:allocation"]) + RawClient.go("disk")
+            + RawClient.extendedRequest(7, 0, UInt64(PatientDriver.size)),
+    ])
+    func longRequestsOfAClientThatLeftEnd(bytes: [UInt8]) async throws {
+        try await Self.withServer { place throws(BlockError) in
+            let client = try await place.client(bytes)
+            await place.pass(milliseconds: 50)
+            #expect(place.driver.requestCount > 10)
+            client.close()
+            await place.pass(milliseconds: 50)
+            #expect(place.server.clientCount == 0)
+            #expect(place.driver.requestCount < 100)
+        }
+    }
+
+    @Test func aHintToCacheAllOfALargeDiskIsFollowedInPartAndAnswered() async throws {
+        try await Self.withServer { place throws(BlockError) in
+            let client = try await place.client(
+                Self.extended + RawClient.go("disk")
+                    + RawClient.extendedRequest(5, 0, UInt64(PatientDriver.size)))
+            await place.pass(milliseconds: 10_000)
+            let pieces = NBDRequestExecution.cacheBytesMax / NBDRequestExecution.prefetchBytesMax
+            #expect(place.driver.requestCount == pieces)
+            // Behind the handshake the reply to the request: done, without an error.
+            let memory = try IOVector(allocating: 4_096)
+            var received: [UInt8] = []
+            while !received.suffix(32).starts(with: [0x6e, 0x8a, 0x27, 0x8c, 0, 1, 0, 0]) {
+                let count = try await client.receive(memory)
+                guard count > 0 else {
+                    Issue.record("no reply came")
+                    break
+                }
+                received += memory.array[..<count]
+            }
+            client.close()
+        }
+    }
 }

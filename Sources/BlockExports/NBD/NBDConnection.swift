@@ -71,6 +71,10 @@ final class NBDConnection: @unchecked Sendable {
     private var rules: NBDRequestRules?
     private var session: NBDSession?
     private(set) var isClosing = false
+    /// The client sends nothing any more.
+    private var hasLeft = false
+    /// Requests that may end early do: nobody has use for more of them.
+    var isEnding: Bool { isClosing || hasLeft }
     private var isDone = false
     private let closingTimer: IOTimer
 
@@ -142,6 +146,7 @@ final class NBDConnection: @unchecked Sendable {
                 limitClosing()
             }
         }
+        hasLeft = true
         let server = server
         server.thread.spawn { server.gone(self) }
         while requestCount > 0 {

@@ -200,16 +200,19 @@ struct NBDRequestExecution {
     /// What is read at a time for the effect on caches.
     static let prefetchBytesMax = 1 << 20
 
-    /// Reads for the effect on caches, in pieces; others get their turn between them.
+    /// What is read of one request for the effect on caches: as much as a request without extended headers
+    /// can be about. Beyond that it is work for hours that a few bytes from a client set going.
+    static let cacheBytesMax = 4 << 30
+
+    /// Reads for the effect on caches, in pieces; others get their turn between them. A hint is answered
+    /// with success also where not all of it is followed.
     private func prefetch() async throws(BlockError) {
-        var range = request.range
-        while !range.isEmpty {
+        var range = ByteRange(
+            request.range.offset, min(request.range.count, Self.cacheBytesMax))
+        while !range.isEmpty, !connection.isEnding {
             let count = min(range.count, Self.prefetchBytesMax)
             try await edge.read(range.offset, into: IOVector(allocating: count), .prefetch)
             range = ByteRange(range.offset + count, range.count - count)
-            guard !connection.isClosing else {
-                throw BlockError(.cancelled, "the connection is ending")
-            }
             await edge.node.thread.yield()
         }
     }
@@ -282,9 +285,8 @@ struct NBDRequestExecution {
         {
             queryCount += 1
             if queryCount % Self.statusTurnCount == 0 {
-                guard !connection.isClosing else {
-                    throw BlockError(.cancelled, "the server is stopping")
-                }
+                // What is known up to here is an answer.
+                if connection.isEnding { break }
                 await edge.node.thread.yield()
             }
             try await edge.chainStatus(range, into: answer)
@@ -320,9 +322,7 @@ struct NBDRequestExecution {
             guard offset < bitmap.size else { break }
             runCount += 1
             if runCount % Self.bitmapTurnCount == 0 {
-                guard !connection.isClosing else {
-                    throw BlockError(.cancelled, "the server is stopping")
-                }
+                if connection.isEnding { break }
                 await edge.node.thread.yield()
                 guard offset < bitmap.size else { break }
             }
