@@ -462,6 +462,9 @@ final class NBDConnection: @unchecked Sendable {
 
     var mode: NBDReplyMode { session?.mode ?? .simple }
 
+    /// What status is aligned to: the smallest block that clients are told of.
+    var blockSize: Int { Int(session?.export.blockSizes.minimum ?? 1) }
+
     func context(_ identifier: UInt32) -> NBDContext? { session?.context(identifier) }
 
     /// The dirty bitmap behind a context of the export.

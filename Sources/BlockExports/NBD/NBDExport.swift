@@ -146,16 +146,23 @@ public final class NBDExport: NodeUser, @unchecked Sendable {
         }
         // All connections reach the same node: a flush on one covers what was written on any.
         if canMultiConnect { flags.insert(.canMultiConn) }
-        let limits = edge.node.limits
+        let alignment = edge.node.limits.requestAlignment
         let sizes = NBDBlockSizes(
-            minimum: limits.requestAlignment,
-            preferred: max(4096, limits.requestAlignment))
+            minimum: Self.blockSize(alignment: alignment, size: edge.size),
+            preferred: max(4096, alignment))
         var contexts: [NBDContext] = [.baseAllocation]
         if offersAllocationDepth { contexts.append(.allocationDepth) }
         contexts += bitmaps.map { .dirtyBitmap($0.bitmap.name) }
         return NBDExportInfo(
             name: name, description: description, size: edge.size, flags: flags, blockSizes: sizes,
             contexts: contexts)
+    }
+
+    /// The smallest block of an export: the alignment, a power of two, where the size is a number of such
+    /// blocks. Clients refuse one that is not; what the node itself needs the engine sees to.
+    static func blockSize(alignment: Int, size: Int) -> Int {
+        // The lowest bit that is set: the largest power of two that divides the size.
+        size == 0 ? alignment : min(alignment, size & -size)
     }
 
     // MARK: Thread

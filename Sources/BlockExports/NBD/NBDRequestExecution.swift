@@ -275,12 +275,13 @@ struct NBDRequestExecution {
     private func extents(
         of context: NBDContext, _ request: NBDRequest
     ) async throws(BlockError) -> [NBDStatusExtent] {
-        let single = request.flags.contains(.requestOne)
-        var result: [NBDStatusExtent] = []
+        var list = NBDExtentList(
+            context, of: request.range, alignment: connection.blockSize,
+            countMax: request.flags.contains(.requestOne) ? 1 : NBDLimits.statusExtentCountMax)
         let answer = BlockStatusList(limit: Self.statusRunCountMax)
         var range = request.range
         var queryCount = 0
-        while !range.isEmpty, result.count < NBDLimits.statusExtentCountMax,
+        questions: while !range.isEmpty, list.extents.count < NBDLimits.statusExtentCountMax,
             queryCount < Self.statusQueryCountMax
         {
             queryCount += 1
@@ -292,17 +293,14 @@ struct NBDRequestExecution {
             try await edge.chainStatus(range, into: answer)
             for status in answer.runs {
                 let flags = Self.flags(of: status, in: context)
-                if let last = result.last, last.flags == flags {
-                    result[result.count - 1].count += status.count
-                } else {
-                    let isFull = result.count == NBDLimits.statusExtentCountMax
-                    if isFull || single && !result.isEmpty { return result }
-                    result.append(NBDStatusExtent(count: status.count, flags: flags))
-                }
+                guard list.append(status.count, flags) else { break questions }
             }
             range = ByteRange(from: range.offset + answer.byteCount, to: range.end)
         }
-        return result
+        guard !list.extents.isEmpty else {
+            throw BlockError(.cancelled, "the connection is ending")
+        }
+        return list.extents
     }
 
     /// The extents of a dirty bitmap's context: bit 0 where it is dirty (QEMU's interop/nbd.txt).
@@ -313,7 +311,7 @@ struct NBDRequestExecution {
             throw BlockError(.notFound, "the dirty bitmap '\(name)' is not exported any more")
         }
         let single = request.flags.contains(.requestOne)
-        let alignment = edge.node.limits.requestAlignment
+        let alignment = connection.blockSize
         var result: [NBDStatusExtent] = []
         var runCount = 0
         var offset = request.range.offset
