@@ -88,7 +88,7 @@ public enum NBDDisposition: Hashable, Sendable {
     /// through ``NBDRequestRules/status(_:payload:)`` when the payload is there.
     case execute(NBDRequest)
     /// Receive and drop `swallow` bytes, and reply with the error. `request` is what replies need.
-    case refuse(NBDRequest, NBDErrorCode, swallow: Int)
+    case refuse(NBDRequest, NBDRefusal, swallow: Int)
     /// The client says goodbye: finish what is in flight, then close.
     case disconnect
     /// The framing is lost: close at once.

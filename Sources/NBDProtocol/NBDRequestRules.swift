@@ -45,18 +45,23 @@ public struct NBDRequestRules: Sendable {
         var request = NBDRequest(
             command: command ?? .flush, flags: header.flags, cookie: header.cookie,
             range: range ?? ByteRange(0, 0), headerOffset: header.offset)
-        guard let command else { return .refuse(request, .invalid, swallow: payload) }
+        guard let command else {
+            let refusal = NBDRefusal(.invalid, .unknownCommand(header.type), length: header.length)
+            return .refuse(request, refusal, swallow: payload)
+        }
         let carriesStatusPayload =
             command == .blockStatus && mode == .extended && header.flags.contains(.payloadLength)
         if carriesStatusPayload {
             guard let start = ByteRange(checking: header.offset, count: 0) else {
-                return .refuse(request, .invalid, swallow: payload)
+                let refusal = NBDRefusal(
+                    .invalid, .pastEnd(exportSize: size), length: header.length)
+                return .refuse(request, refusal, swallow: payload)
             }
             request.range = start
             return judgeStatusPayload(request, payload)
         }
-        if let error = fault(in: request, command, header.length, isSound: range != nil) {
-            return .refuse(request, error, swallow: payload)
+        if let refusal = refusal(of: request, command, header.length, isSound: range != nil) {
+            return .refuse(request, refusal, swallow: payload)
         }
         request.payloadCount = payload
         // A flush covers everything; what its range says has no meaning.
@@ -76,28 +81,35 @@ public struct NBDRequestRules: Sendable {
     }
 
     /// What is wrong with a request, if anything is.
-    private func fault(
-        in request: NBDRequest, _ command: NBDCommand, _ length: UInt64, isSound: Bool
-    ) -> NBDErrorCode? {
-        guard isOffered(command), request.flags.isSubset(of: allowedFlags(command)) else {
-            return .invalid
+    private func refusal(
+        of request: NBDRequest, _ command: NBDCommand, _ length: UInt64, isSound: Bool
+    ) -> NBDRefusal? {
+        func refuse(_ reason: NBDRefusal.Reason, _ error: NBDErrorCode = .invalid) -> NBDRefusal {
+            NBDRefusal(error, reason, length: length)
         }
+        guard isOffered(command) else { return refuse(.notOffered) }
+        guard request.flags.isSubset(of: allowedFlags(command)) else { return refuse(.flags) }
         if flags.contains(.readOnly),
             command == .write || command == .trim || command == .writeZeroes
         {
-            return .notPermitted
+            return refuse(.readOnly, .notPermitted)
         }
         if command == .flush { return nil }
         let writes = command == .write || command == .writeZeroes
-        guard isSound, request.range.end <= size else { return writes ? .noSpace : .invalid }
+        guard isSound, request.range.end <= size else {
+            return refuse(.pastEnd(exportSize: size), writes ? .noSpace : .invalid)
+        }
         if command == .read || command == .write, length > UInt64(NBDLimits.payloadBytesMax) {
-            return request.flags.contains(.dontFragment) ? .overflow : .invalid
+            return refuse(
+                .tooLong, request.flags.contains(.dontFragment) ? .overflow : .invalid)
         }
         // The tail of an export that is not a whole number of blocks may be named up to its end.
         guard request.range.offset.isAligned(to: alignment),
             request.range.end.isAligned(to: alignment) || request.range.end == size
-        else { return .invalid }
-        if command == .blockStatus, contextIDs.isEmpty || request.range.isEmpty { return .invalid }
+        else { return refuse(.unaligned(blockSize: alignment)) }
+        guard command == .blockStatus else { return nil }
+        if contextIDs.isEmpty { return refuse(.noContext) }
+        if request.range.isEmpty { return refuse(.empty) }
         return nil
     }
 
@@ -141,7 +153,10 @@ public struct NBDRequestRules: Sendable {
         let allowed: NBDCommandFlags = allowedFlags(.blockStatus).union(.payloadLength)
         guard flags.contains(.blockStatusPayload), request.flags.isSubset(of: allowed),
             !contextIDs.isEmpty, idBytes >= 4, idBytes % 4 == 0, idBytes / 4 <= contextIDs.count
-        else { return .refuse(request, .invalid, swallow: payload) }
+        else {
+            let refusal = NBDRefusal(.invalid, .payload, length: UInt64(payload))
+            return .refuse(request, refusal, swallow: payload)
+        }
         var request = request
         request.payloadCount = payload
         return .execute(request)

@@ -65,6 +65,21 @@ import Testing
         }
     }
 
+    @Test func refusedRequestsAreToldWhatIsWrong() async throws {
+        try await NBDTestServer.with { server in
+            let client = try Raw(unix: server.socketPath)
+            client.enter(options: [Self.extended])
+            client.send(Raw.extendedRequest(0, 8 << 20, 1, cookie: 9))
+            let reply = try #require(client.extendedReply())
+            #expect(reply.type == 0x8001 && reply.cookie == 9)
+            #expect(reply.data.starts(with: [0, 0, 0, 22]))
+            let message = String(decoding: reply.data.dropFirst(6), as: UTF8.self)
+            #expect(
+                message
+                    == "READ of 1 bytes at 8388608 reaches past the end of the export at 8388608")
+        }
+    }
+
     // MARK: Framing
 
     /// A small reply waits for the end of the turn, a large one behind it takes it along at once.

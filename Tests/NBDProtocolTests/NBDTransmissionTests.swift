@@ -28,7 +28,11 @@ import Testing
     }
 
     func error(_ disposition: NBDDisposition) -> NBDErrorCode? {
-        if case .refuse(_, let error, _) = disposition { return error }
+        refusal(disposition)?.error
+    }
+
+    func refusal(_ disposition: NBDDisposition) -> NBDRefusal? {
+        if case .refuse(_, let refusal, _) = disposition { return refusal }
         return nil
     }
 
@@ -120,6 +124,35 @@ import Testing
             #expect(swallow(rules(.simple).judge(request)) == 0)
             request.flags = .payloadLength
             #expect(swallow(rules(.extended).judge(request)) == 512)
+        }
+    }
+
+    @Test func refusalsTellWhatIsWrong() throws {
+        let open = rules(.extended, contexts: [])
+        let readOnly = rules(.extended, [.readOnly], alignment: 512)
+        var unknown = header(.read, 0, 1)
+        unknown.type = 77
+        let table: [(NBDRequestRules, NBDRequestHeader, String)] = [
+            (open, header(.read, 1 << 63, 512), "READ of 512 bytes at 9223372036854775808"),
+            (open, header(.writeZeroes, 1 << 30, 1), "the export at 1073741824"),
+            (open, header(.write, 0, 33 << 20, .payloadLength), "longer than 33554432"),
+            (open, header(.blockStatus, 0, 1), "metadata context"),
+            (open, header(.blockStatus, .max, 12, .payloadLength), "past the end"),
+            (open, header(.blockStatus, 0, 12, .payloadLength), "payload of 12 bytes"),
+            (open, header(.trim, 0, 1, .payloadLength), "TRIM with the flags 0x20"),
+            (open, unknown, "command 77"),
+            (rules(.extended), header(.blockStatus, 0, 0), "no bytes"),
+            (readOnly, header(.trim, 0, 512), "read-only"),
+            (readOnly, header(.flush, 0, 0), "FLUSH is not offered"),
+            (readOnly, header(.read, 1, 512), "blocks of 512"),
+        ]
+        for (rules, header, part) in table {
+            guard case .refuse(let request, let refusal, _) = rules.judge(header) else {
+                Issue.record("not refused: \(part)")
+                continue
+            }
+            let message = refusal.message(for: request)
+            #expect(message.contains(part), "\(message)")
         }
     }
 

@@ -294,9 +294,10 @@ final class NBDConnection: @unchecked Sendable {
                     payload = try await input.take(request.payloadCount, from: channel)
                 }
                 start(request, payload, cost, edge)
-            case .refuse(let request, let code, let swallow):
+            case .refuse(let request, let refusal, let swallow):
                 try await input.skip(swallow, from: channel)
-                try reply(failure: code, "", to: request)
+                let message = mode == .simple ? "" : refusal.message(for: request)
+                try reply(failure: refusal.error, message, to: request)
                 if !hasRoom { await waitForRoom() }
             case .disconnect:
                 return
