@@ -342,6 +342,8 @@ public struct ImageConvert: Sendable {
     private func isZero(_ user: Edge) async throws(BlockError) -> Bool {
         if targetIsZero { return true }
         if user.node.layerCount > 1 { return false }
+        // A backing file that was left out shows again where nothing is written.
+        if try await user.node.driver.information.backingName != nil { return false }
         // What was reserved in a new file reads as zeroes, unless it is decrypted first.
         if try isPreallocated, try await user.node.isOfPlainFiles { return true }
         return try await user.isKnownZero()

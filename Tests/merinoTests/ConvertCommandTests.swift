@@ -101,6 +101,18 @@ import Testing
         try expectSame(place, "top.qcow2", "out")
     }
 
+    @Test func zeroesHideABackingFileThatIsLeftOut() throws {
+        let place = try withChain()
+        try place.tool(
+            "qemu-img", "create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2",
+            "target.qcow2", "10M")
+        try place.tool("qemu-io", "-c", "write -z 1M 1M", "top.qcow2")
+        try place.merino(
+            "convert", "-n", "-O", "qcow2", "top.qcow2",
+            #"json:{"driver":"qcow2","backing":null,"file.filename":"target.qcow2"}"#)
+        try expectSame(place, "top.qcow2", "target.qcow2")
+    }
+
     @Test func holesAreNotStored() throws {
         let place = try Workplace()
         try place.tool("truncate", "-s", "1T", "a")
