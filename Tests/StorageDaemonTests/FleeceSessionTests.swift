@@ -103,7 +103,79 @@ private final class OtherFolders: QMPExecutor, @unchecked Sendable {
     }
 }
 
+/// A daemon that has something else done before the command with this number.
+private final class Interleaved: QMPExecutor, @unchecked Sendable {
+    private let daemon: StorageDaemon
+    private let number: Int
+    private let other: () async -> Void
+    private var count = 0
+
+    init(_ daemon: StorageDaemon, before number: Int, _ other: @escaping () async -> Void) {
+        self.daemon = daemon
+        self.number = number
+        self.other = other
+    }
+
+    var thread: IOThread { daemon.thread }
+
+    func execute(
+        _ command: String, _ arguments: JSONValue
+    ) async throws(BlockError) -> JSONValue {
+        count += 1
+        if count == number + 1 { await other() }
+        return try await daemon.execute(command, arguments)
+    }
+}
+
 @Suite struct FleeceSessionTests {
+    /// Two sessions begin a view of one disk, the second between two commands of the first.
+    @Test(arguments: 0..<9)
+    func oneOfTwoSessionsAtATimeGetsTheViewAndKeepsIt(number: Int) async throws {
+        let seen = try await TestDaemon.run { test throws(BlockError) in
+            var messages: [String] = []
+            let executor = Interleaved(test.daemon, before: number) {
+                do throws(BlockError) { try await test.session.begin(.init()) } catch {
+                    messages.append(error.message)
+                }
+            }
+            let slow = FleeceSession(
+                of: "disk", exportName: nil, temporaryPath: "\(test.folder)/slow",
+                executor: executor)
+            do throws(BlockError) { try await slow.begin(.init()) } catch {
+                messages.append(error.message)
+            }
+            try await test.guestWrite(0, 4096, 0x22)
+            let frozen = try await test.read("fleece-disk-frozen")
+            let held = try await test.session.knownTemporaryPath()
+            var files: [String] = []
+            for path in ["\(test.folder)/temp", "\(test.folder)/slow"]
+            where access(path, F_OK) == 0 { files.append(path) }
+            try await test.session.end()
+            return (messages, frozen, held, files, test.nodeNames())
+        }
+        #expect(seen.0.count == 1, "\(seen.0.joined(separator: ", "))")
+        #expect(seen.1 == [0x11])
+        #expect(seen.3.count == 1 && seen.3.first == seen.2)
+        #expect(seen.4 == ["disk"])
+    }
+
+    @Test func whoLosesTheRaceForAViewIsToldThatItIsHeld() async throws {
+        let message = try await TestDaemon.run { test throws(BlockError) in
+            // The first command looks whether the names are free.
+            let executor = Interleaved(test.daemon, before: 1) {
+                try? await test.session.begin(.init())
+            }
+            let slow = FleeceSession(
+                of: "disk", exportName: nil, temporaryPath: "\(test.folder)/slow",
+                executor: executor)
+            do throws(BlockError) { try await slow.begin(.init()) } catch {
+                return error.message
+            }
+            return "begun"
+        }
+        #expect(message.contains("held already"))
+    }
+
     @Test func aDaemonThatSeesAnotherFileDoesNotWriteToIt() async throws {
         let seen = try await TestDaemon.run { test throws(BlockError) in
             let path = "\(test.folder)/elsewhere"

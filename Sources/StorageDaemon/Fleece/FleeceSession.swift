@@ -25,6 +25,7 @@ public struct FleeceSession: Sendable {
     /// The file's, while the image in it is made.
     private var newName: String { "fleece-\(tag)-new" }
     private var exportIdentifier: String { "fleece-\(tag)" }
+    private var viewNames: [String] { [filterName, accessName, temporaryName, newName] }
     /// Node names are short: a long name is cut, and told apart by a checksum (FNV-1a).
     private var tag: String {
         let plain = disk.allSatisfy {
@@ -75,50 +76,99 @@ public struct FleeceSession: Sendable {
 
     // MARK: Begin
 
+    /// What a session has set up.
+    private enum Step {
+        case node(String)
+        /// Exports of the disk were put above the filter.
+        case exportsMoved
+        case export
+    }
+
     /// Freezes the disk and exports the frozen view.
     ///
-    /// - Throws: with everything taken down again that was set up.
+    /// - Throws: with everything taken down again that was set up. What was there before, or what another
+    ///   session set up meanwhile, stays.
     public func begin(_ options: Options) async throws(BlockError) {
-        let size = try await size(of: disk)
-        // Nothing that was there before is touched when this fails.
-        let taken = try await nodeNames().intersection([
-            filterName, accessName, temporaryName, newName,
-        ])
-        guard taken.isEmpty else {
-            throw BlockError(
-                .alreadyExists, "a frozen view of '\(disk)' is held already",
-                remedy: "end it with --stop, or with Ctrl-C where it was begun")
-        }
+        let nodes = try await FleeceNodes(of: executor)
+        let size = try nodes.size(of: disk)
+        try requireFree(nodes)
         guard temporaryPath.hasPrefix("/") else {
             throw BlockError(
                 .invalidArgument, "the temporary image's path is not absolute: '\(temporaryPath)'")
         }
         let file = try FleeceFile(making: temporaryPath, for: options.owner)
+        var steps: [Step] = []
         do throws(BlockError) {
-            try await makeTemporary(in: file, size, options)
-            let exports = try await exportsOfDisk()
-            var actions: [JSONValue] = [["type": "blockdev-add", "data": filter(options)]]
-            actions += moves(of: exports, to: filterName)
-            // The moment: all of it, or nothing.
-            _ = try await executor.execute("transaction", ["actions": .array(actions)])
-            _ = try await executor.execute(
-                "blockdev-add",
-                [
-                    "driver": "snapshot-access", "node-name": .string(accessName),
-                    "file": .string(filterName), "discard": "unmap",
-                ])
-            _ = try await executor.execute(
-                "block-export-add",
-                [
-                    "type": "nbd", "id": .string(exportIdentifier),
-                    "node-name": .string(accessName), "name": .string(exportName),
-                    "description": .string("frozen view of \(disk)"),
-                ])
+            try await makeTemporary(in: file, size, options, &steps)
+            try await freeze(options, &steps)
         } catch {
-            try? await end()
+            guard await undo(steps) else {
+                throw BlockError(
+                    error.code, error.message,
+                    remedy: "what was set up may still be there: --stop ends it")
+            }
             file.remove()
+            // Where another session was faster, that is what the user wants to know.
+            if let nodes = try? await FleeceNodes(of: executor) { try requireFree(nodes) }
             throw error
         }
+    }
+
+    private func freeze(_ options: Options, _ steps: inout [Step]) async throws(BlockError) {
+        let exports = try await exports(of: disk)
+        var actions: [JSONValue] = [["type": "blockdev-add", "data": filter(options)]]
+        actions += moves(of: exports, to: filterName)
+        // The moment: all of it, or nothing.
+        _ = try await executor.execute("transaction", ["actions": .array(actions)])
+        steps += [.node(filterName), .exportsMoved]
+        _ = try await executor.execute(
+            "blockdev-add",
+            [
+                "driver": "snapshot-access", "node-name": .string(accessName),
+                "file": .string(filterName), "discard": "unmap",
+            ])
+        steps.append(.node(accessName))
+        _ = try await executor.execute(
+            "block-export-add",
+            [
+                "type": "nbd", "id": .string(exportIdentifier),
+                "node-name": .string(accessName), "name": .string(exportName),
+                "description": .string("frozen view of \(disk)"),
+            ])
+        steps.append(.export)
+    }
+
+    /// - Throws: when something has a name that the view's nodes get.
+    private func requireFree(_ nodes: FleeceNodes) throws(BlockError) {
+        guard let taken = viewNames.first(where: nodes.has) else { return }
+        if isHeld(in: nodes) {
+            throw BlockError(
+                .alreadyExists, "a frozen view of '\(disk)' is held already",
+                remedy: "end it with --stop, or with Ctrl-C where it was begun")
+        }
+        throw BlockError(
+            .alreadyExists, "there is a node '\(taken)' already",
+            remedy: "if no view of '\(disk)' is being set up right now, blockdev-del removes it")
+    }
+
+    /// Takes back what was set up, the last first.
+    ///
+    /// - Returns: whether all of it could be.
+    private func undo(_ steps: [Step]) async -> Bool {
+        var isWhole = true
+        for step in steps.reversed() {
+            do throws(BlockError) {
+                switch step {
+                case .node(let name):
+                    _ = try await executor.execute("blockdev-del", ["node-name": .string(name)])
+                case .exportsMoved: try await moveExportsBack()
+                case .export:
+                    _ = try await executor.execute(
+                        "block-export-del", ["id": .string(exportIdentifier), "mode": "hard"])
+                }
+            } catch { isWhole = false }
+        }
+        return isWhole
     }
 
     private func filter(_ options: Options) -> JSONValue {
@@ -131,18 +181,20 @@ public struct FleeceSession: Sendable {
     }
 
     private func makeTemporary(
-        in file: FleeceFile, _ size: Int, _ options: Options
+        in file: FleeceFile, _ size: Int, _ options: Options, _ steps: inout [Step]
     ) async throws(BlockError) {
-        try await checkDaemonSees(file)
+        try await checkDaemonSees(file, &steps)
         let isRaw = options.temporaryFormat == "raw"
         try file.setSize(isRaw ? size : 0)
         if !isRaw {
             _ = try await executor.execute("blockdev-add", newNode(readOnly: false))
+            steps.append(.node(newName))
             try await create([
                 "driver": .string(options.temporaryFormat), "file": .string(newName),
                 "size": .integer(size),
             ])
             _ = try await executor.execute("blockdev-del", ["node-name": .string(newName)])
+            steps.removeLast()
         }
         let storage: JSONValue = ["driver": "file", "filename": .string(temporaryPath)]
         // What the temporary image holds ends with the process: nothing of it needs to be flushed.
@@ -152,16 +204,21 @@ public struct FleeceSession: Sendable {
                 "driver": .string(options.temporaryFormat), "node-name": .string(temporaryName),
                 "file": storage, "discard": "unmap", "cache": ["no-flush": true],
             ])
+        steps.append(.node(temporaryName))
     }
 
     /// The daemon may see other folders than this process does. It is asked for the size of the file, which
     /// is made one that no other has by chance, before anything is written through it.
-    private func checkDaemonSees(_ file: FleeceFile) async throws(BlockError) {
+    private func checkDaemonSees(
+        _ file: FleeceFile, _ steps: inout [Step]
+    ) async throws(BlockError) {
         let mark = Int.random(in: 1..<1 << 21) * 512
         try file.setSize(mark)
         _ = try await executor.execute("blockdev-add", newNode(readOnly: true))
-        let seen = try await size(of: newName)
+        steps.append(.node(newName))
+        let seen = try await FleeceNodes(of: executor).size(of: newName)
         _ = try await executor.execute("blockdev-del", ["node-name": .string(newName)])
+        steps.removeLast()
         guard seen == mark else {
             throw BlockError(
                 .permissionDenied,
@@ -197,34 +254,14 @@ public struct FleeceSession: Sendable {
         }
     }
 
-    private func size(of name: String) async throws(BlockError) -> Int {
-        guard
-            case .array(let nodes) = try await executor.execute(
-                "query-named-block-nodes", ["flat": true])
-        else { throw BlockError(.protocolViolation, "the daemon lists no nodes") }
-        guard let node = nodes.first(where: { $0["node-name"] == .string(name) }) else {
-            let names = nodes.compactMap { node -> String? in
-                if case .string(let name)? = node["node-name"], !name.hasPrefix("#") { return name }
-                return nil
-            }
-            throw BlockError(
-                .notFound, "the daemon has no node '\(name)'",
-                remedy: "it has \(names.joined(separator: ", "))")
-        }
-        guard case .integer(let size)? = node["image"]?["virtual-size"] else {
-            throw BlockError(.protocolViolation, "the daemon does not tell the size of '\(name)'")
-        }
-        return size
-    }
-
-    /// The identifiers of the exports through which guests reach the disk.
-    private func exportsOfDisk(below node: String? = nil) async throws(BlockError) -> [String] {
+    /// The identifiers of the exports through which clients reach a node.
+    private func exports(of node: String) async throws(BlockError) -> [String] {
         guard case .array(let exports) = try await executor.execute("query-block-exports", [:])
         else {
             return []
         }
         return exports.compactMap { export in
-            guard export["node-name"] == .string(node ?? disk),
+            guard export["node-name"] == .string(node),
                 case .string(let identifier)? = export["id"]
             else { return nil }
             return identifier
@@ -258,7 +295,7 @@ public struct FleeceSession: Sendable {
 
     // MARK: End
 
-    /// Takes everything down again: export, nodes, temporary file. What is not there is passed over.
+    /// Takes everything down again: export, nodes. What is not there is passed over.
     ///
     /// - Throws: the first failure; the rest is taken down all the same.
     public func end() async throws(BlockError) {
@@ -268,25 +305,30 @@ public struct FleeceSession: Sendable {
                 _ = try await executor.execute(command, arguments)
             } catch { failure = failure ?? error }
         }
-        let names = try await nodeNames()
-        if try await !exportsOfDisk(below: accessName).isEmpty {
+        let nodes = try await FleeceNodes(of: executor)
+        if try await !exports(of: accessName).isEmpty {
             await attempt("block-export-del", ["id": .string(exportIdentifier), "mode": "hard"])
         }
-        if names.contains(accessName) {
+        if nodes.has(accessName) {
             await attempt("blockdev-del", ["node-name": .string(accessName)])
         }
-        if names.contains(filterName) {
-            let exports = try await exportsOfDisk(below: filterName)
-            if !exports.isEmpty {
-                try await requireFilter(above: disk)
-                await attempt("transaction", ["actions": .array(moves(of: exports, to: disk))])
+        if nodes.has(filterName) {
+            do throws(BlockError) { try await moveExportsBack() } catch {
+                failure = failure ?? error
             }
             await attempt("blockdev-del", ["node-name": .string(filterName)])
         }
-        for name in [temporaryName, newName] where names.contains(name) {
+        for name in [temporaryName, newName] where nodes.has(name) {
             await attempt("blockdev-del", ["node-name": .string(name)])
         }
         if let failure { throw failure }
+    }
+
+    private func moveExportsBack() async throws(BlockError) {
+        let exports = try await exports(of: filterName)
+        guard !exports.isEmpty else { return }
+        _ = try await executor.execute(
+            "transaction", ["actions": .array(moves(of: exports, to: disk))])
     }
 
     /// The actions that put `node` below exports.
@@ -302,53 +344,20 @@ public struct FleeceSession: Sendable {
         }
     }
 
-    /// - Throws: when the filter of that name is above another disk.
-    private func requireFilter(above disk: String) async throws(BlockError) {
-        guard
-            case .array(let nodes) = try await executor.execute(
-                "query-named-block-nodes", ["flat": true]),
-            case .array(let children)? = nodes.first(where: {
-                $0["node-name"] == .string(filterName)
-            })?["children"],
-            children.contains(where: {
-                $0["child"] == "file" && $0["node-name"] == .string(disk)
-            })
-        else {
-            throw BlockError(
-                .busy, "node '\(filterName)' is not above '\(disk)'; nothing was changed")
-        }
-    }
-
-    private func nodeNames() async throws(BlockError) -> Set<String> {
-        guard
-            case .array(let nodes) = try await executor.execute(
-                "query-named-block-nodes", ["flat": true])
-        else { throw BlockError(.protocolViolation, "the daemon lists no nodes") }
-        return Set(
-            nodes.compactMap { node in
-                if case .string(let name)? = node["node-name"] { return name }
-                return nil
-            })
+    /// Whether the filter is there, above this disk and the view's temporary image.
+    private func isHeld(in nodes: FleeceNodes) -> Bool {
+        nodes.has(
+            filterName, "copy-before-write",
+            [(role: "file", node: disk), (role: "target", node: temporaryName)])
     }
 
     /// Whether a view of the disk is held.
     public func isActive() async throws(BlockError) -> Bool {
-        guard
-            case .array(let nodes) = try await executor.execute(
-                "query-named-block-nodes", ["flat": true])
-        else { return false }
-        return nodes.contains { $0["node-name"] == .string(filterName) }
+        try await FleeceNodes(of: executor).has(filterName)
     }
 
     /// The file of the temporary image, as the daemon knows it.
     public func knownTemporaryPath() async throws(BlockError) -> String? {
-        guard
-            case .array(let nodes) = try await executor.execute(
-                "query-named-block-nodes", ["flat": true]),
-            case .string(let path)? = nodes.first(where: {
-                $0["node-name"] == .string(temporaryName)
-            })?["file"]
-        else { return nil }
-        return path
+        try await FleeceNodes(of: executor).file(of: temporaryName)
     }
 }
