@@ -121,7 +121,10 @@ struct FleeceCommand: ParsableCommand {
 
     private func takeDown(_ session: FleeceSession) async throws(BlockError) {
         guard try await session.isActive() else {
-            throw BlockError(.notFound, "no frozen view of '\(session.disk)' is held")
+            let left = try await session.leftNodes().joined(separator: ", ")
+            throw BlockError(
+                .notFound, "no frozen view of '\(session.disk)' is held",
+                remedy: left.isEmpty ? nil : "blockdev-del removes what is left of one: \(left)")
         }
         let path = try await session.knownTemporaryPath()
         try await session.end()

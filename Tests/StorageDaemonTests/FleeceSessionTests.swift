@@ -314,6 +314,31 @@ private final class Interleaved: QMPExecutor, @unchecked Sendable {
         #expect(names == ["disk"])
     }
 
+    @Test(arguments: ["filter", "frozen", "temp", "new"])
+    func aNodeThatOnlyHasANameOfTheViewStays(part: String) async throws {
+        let name = "fleece-disk-\(part)"
+        let seen = try await TestDaemon.run { test throws(BlockError) in
+            _ = try await test.daemon.execute(
+                "blockdev-add", ["driver": "null-co", "node-name": .string(name)])
+            var messages: [String] = []
+            do throws(BlockError) { try await test.session.begin(.init()) } catch {
+                messages.append(error.message)
+            }
+            do throws(BlockError) { try await test.session.end() } catch {
+                messages.append(error.message)
+            }
+            do throws(BlockError) { _ = try await test.session.isActive() } catch {
+                messages.append(error.message)
+            }
+            return (messages, test.nodeNames())
+        }
+        let isFilter = part == "filter"
+        #expect(seen.0.count == (isFilter ? 3 : 1))
+        #expect(seen.0.first?.contains("there is a node '\(name)' already") == true)
+        #expect(seen.0.dropFirst().allSatisfy { $0.contains("is not of a frozen view") })
+        #expect(seen.1 == ["disk", name])
+    }
+
     @Test func aTransactionThatFailsHalfWayUndoesWhatItDid() async throws {
         let result = try await TestDaemon.run { test throws(BlockError) in
             var failed = false

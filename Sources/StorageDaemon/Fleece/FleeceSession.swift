@@ -297,7 +297,8 @@ public struct FleeceSession: Sendable {
 
     /// Takes everything down again: export, nodes. What is not there is passed over.
     ///
-    /// - Throws: the first failure; the rest is taken down all the same.
+    /// - Throws: the first failure; the rest is taken down all the same. `busy`, with nothing done, when the
+    ///   filter's name is that of somebody else's node.
     public func end() async throws(BlockError) {
         var failure: BlockError?
         func attempt(_ command: String, _ arguments: JSONValue) async {
@@ -306,20 +307,23 @@ public struct FleeceSession: Sendable {
             } catch { failure = failure ?? error }
         }
         let nodes = try await FleeceNodes(of: executor)
-        if try await !exports(of: accessName).isEmpty {
-            await attempt("block-export-del", ["id": .string(exportIdentifier), "mode": "hard"])
-        }
-        if nodes.has(accessName) {
-            await attempt("blockdev-del", ["node-name": .string(accessName)])
-        }
-        if nodes.has(filterName) {
+        let isHeld = try isActive(in: nodes)
+        if isHeld {
+            if nodes.has(accessName, "snapshot-access", [(role: "file", node: filterName)]) {
+                if try await exports(of: accessName).contains(exportIdentifier) {
+                    await attempt(
+                        "block-export-del", ["id": .string(exportIdentifier), "mode": "hard"])
+                }
+                await attempt("blockdev-del", ["node-name": .string(accessName)])
+            }
             do throws(BlockError) { try await moveExportsBack() } catch {
                 failure = failure ?? error
             }
             await attempt("blockdev-del", ["node-name": .string(filterName)])
         }
-        for name in [temporaryName, newName] where nodes.has(name) {
-            await attempt("blockdev-del", ["node-name": .string(name)])
+        // Without the filter, the file alone tells whose the node is.
+        if isHeld || nodes.file(of: temporaryName) == temporaryPath {
+            await attempt("blockdev-del", ["node-name": .string(temporaryName)])
         }
         if let failure { throw failure }
     }
@@ -352,8 +356,26 @@ public struct FleeceSession: Sendable {
     }
 
     /// Whether a view of the disk is held.
+    ///
+    /// - Throws: `busy` when the filter's name is that of somebody else's node.
     public func isActive() async throws(BlockError) -> Bool {
-        try await FleeceNodes(of: executor).has(filterName)
+        try isActive(in: try await FleeceNodes(of: executor))
+    }
+
+    private func isActive(in nodes: FleeceNodes) throws(BlockError) -> Bool {
+        guard nodes.has(filterName) else { return false }
+        guard isHeld(in: nodes) else {
+            throw BlockError(
+                .busy,
+                "node '\(filterName)' is not of a frozen view of '\(disk)'; nothing was changed")
+        }
+        return true
+    }
+
+    /// Nodes with names of the view although none is held: one is being set up, or one ended half way.
+    public func leftNodes() async throws(BlockError) -> [String] {
+        let nodes = try await FleeceNodes(of: executor)
+        return viewNames.filter(nodes.has)
     }
 
     /// The file of the temporary image, as the daemon knows it.
