@@ -57,46 +57,73 @@ struct FleeceCommand: ParsableCommand {
     }
 
     func run() throws {
+        let signal: Int32?
         do {
-            SignalSource.block([SIGINT, SIGTERM, SIGHUP])
+            SignalSource.block(FleeceInterruption.signals)
             let thread = try IOThread(name: "fleece")
             defer { thread.stop() }
-            try thread.runBlocking { () throws(BlockError) in
-                if let qmp {
-                    let client = try await QMPClient.connect(to: .unix(path: qmp), on: thread)
-                    try await fleece(node: disk, client)
-                    client.close()
-                } else {
-                    try await fleeceFile(on: thread)
-                }
+            let interruption = try FleeceInterruption(on: thread)
+            signal = try thread.runBlocking { () throws(BlockError) in
+                try await work(interruption, on: thread)
             }
         } catch {
             throw Failure(error.description)
+        }
+        if let signal { throw ExitCode(128 + signal) }
+    }
+
+    /// - Returns: the signal that came before the view was set up.
+    private func work(
+        _ interruption: FleeceInterruption, on thread: IOThread
+    ) async throws(BlockError) -> Int32? {
+        do throws(BlockError) {
+            if let qmp {
+                let client = try await QMPClient.connect(to: .unix(path: qmp), on: thread)
+                interruption.client = client
+                try await fleece(node: disk, client, interruption)
+                client.close()
+            } else {
+                try await fleeceFile(on: thread, interruption)
+            }
+            return nil
+        } catch {
+            guard error.code == .cancelled, let signal = interruption.signal else { throw error }
+            return signal
         }
     }
 
     // MARK: A daemon's disk
 
-    private func fleece(node: String, _ executor: any QMPExecutor) async throws(BlockError) {
+    private func fleece(
+        node: String, _ executor: any QMPExecutor, _ interruption: FleeceInterruption
+    ) async throws(BlockError) {
         let path = try temporaryPath()
         let session = FleeceSession(
             of: node, exportName: exportName, temporaryPath: path, executor: executor)
         if stop {
-            try await takeDown(session)
+            try await takeDown(session, interruption)
             return
         }
         var options = FleeceSession.Options()
         options.breaksSnapshot = onError == "break-snapshot"
         options.timeoutSeconds = timeout
         options.temporaryFormat = tempFormat
+        options.owner = daemonOwner
+        // A server may be started.
+        if nbdSocket != nil { interruption.endsAtOnce = false }
         let (uri, startedServer) = try await FleeceSession.address(
             of: session.exportName, socket: nbdSocket, executor: executor)
-        options.owner = daemonOwner
+        interruption.endsAtOnce = false
         do throws(BlockError) {
+            try interruption.check()
             try await session.begin(options)
         } catch {
             if startedServer { _ = try? await executor.execute("nbd-server-stop", [:]) }
             throw error
+        }
+        if detach, interruption.signal != nil {
+            try await end(session, startedServer, nil, interruption)
+            try interruption.check()
         }
         print("frozen: \(node)")
         print("uri: \(uri)")
@@ -108,18 +135,65 @@ struct FleeceCommand: ParsableCommand {
         fflush(nil)
         var failure: BlockError?
         do throws(BlockError) {
-            try await watch(session, on: executor.thread)
+            try await watch(session, interruption, on: executor.thread)
         } catch { failure = error }
-        do throws(BlockError) {
-            try await session.end()
-        } catch { failure = failure ?? error }
-        if startedServer { _ = try? await executor.execute("nbd-server-stop", [:]) }
-        Self.removeFile(path)
-        if let failure { throw failure }
+        try await end(session, startedServer, failure, interruption)
         print("ended: \(node); the temporary image is removed")
     }
 
-    private func takeDown(_ session: FleeceSession) async throws(BlockError) {
+    /// Ends the view that this command set up.
+    ///
+    /// - Parameter loss: why it ends, unless it was asked to.
+    private func end(
+        _ session: FleeceSession, _ startedServer: Bool, _ loss: BlockError?,
+        _ interruption: FleeceInterruption
+    ) async throws(BlockError) {
+        var failure = loss
+        do throws(BlockError) {
+            try await session.end()
+        } catch { failure = failure ?? error }
+        if startedServer { _ = try? await session.executor.execute("nbd-server-stop", [:]) }
+        if let failure, let client = interruption.client, client.isBroken {
+            throw await outOfReach(session, client, failure)
+        }
+        Self.removeFile(session.temporaryPath)
+        if let failure { throw failure }
+    }
+
+    /// Says what becomes of the view when its daemon cannot be asked any more.
+    private func outOfReach(
+        _ session: FleeceSession, _ client: QMPClient, _ failure: BlockError
+    ) async -> BlockError {
+        if failure.code != .timedOut, let qmp, await isGone(qmp, client.thread) {
+            Self.removeFile(session.temporaryPath)
+            return BlockError(
+                failure.code, failure.message,
+                remedy:
+                    "the frozen view of '\(session.disk)' ended with it, the temporary image is removed"
+            )
+        }
+        return BlockError(
+            failure.code, failure.message,
+            remedy:
+                "the frozen view of '\(session.disk)' is still held: --stop ends it, and removes "
+                + "the temporary image '\(session.temporaryPath)'")
+    }
+
+    private func isGone(_ daemon: String, _ thread: IOThread) async -> Bool {
+        do throws(BlockError) {
+            let client = try await QMPClient.connect(
+                to: .unix(path: daemon), on: thread, nanosecondsMax: 5_000_000_000)
+            client.close()
+            return false
+        } catch {
+            return error.code == .disconnected
+                || [ECONNREFUSED, ENOENT].contains(error.systemError)
+        }
+    }
+
+    private func takeDown(
+        _ session: FleeceSession, _ interruption: FleeceInterruption
+    ) async throws(BlockError) {
         guard try await session.isActive() else {
             let left = try await session.leftNodes().joined(separator: ", ")
             throw BlockError(
@@ -127,6 +201,7 @@ struct FleeceCommand: ParsableCommand {
                 remedy: left.isEmpty ? nil : "blockdev-del removes what is left of one: \(left)")
         }
         let path = try await session.knownTemporaryPath()
+        interruption.endsAtOnce = false
         try await session.end()
         // A relative path is the daemon's, in a folder of its own.
         if let path, path.hasPrefix("/") { Self.removeFile(path) }
@@ -134,22 +209,17 @@ struct FleeceCommand: ParsableCommand {
     }
 
     /// Shows how much is copied until a signal comes, or the view is lost.
-    private func watch(_ session: FleeceSession, on thread: IOThread) async throws(BlockError) {
-        let signals = try SignalSource([SIGINT, SIGTERM, SIGHUP], on: thread)
-        let end = EndFlag()
-        thread.spawn {
-            _ = await signals.next()
-            end.isSet = true
-        }
+    private func watch(
+        _ session: FleeceSession, _ interruption: FleeceInterruption, on thread: IOThread
+    ) async throws(BlockError) {
         let isTerminal = isatty(1) == 1
         var shown = -1
         var isLast = false
         // The last look comes after the signal: it tells how much it was in the end.
         while !isLast {
-            isLast = end.isSet
+            isLast = interruption.signal != nil
             let progress = try await session.progress()
             if let breakage = progress.breakage {
-                signals.cancel()
                 throw BlockError(.inputOutput, "the frozen view is lost: \(breakage)")
             }
             if progress.copiedBytes != shown {
@@ -158,13 +228,11 @@ struct FleeceCommand: ParsableCommand {
                 print(isTerminal ? "\r\u{1b}[K\(text)" : text, terminator: isTerminal ? "" : "\n")
                 fflush(nil)
             }
-            for _ in 0..<10 where !end.isSet { await thread.sleep(nanoseconds: 50_000_000) }
+            for _ in 0..<10 where interruption.signal == nil {
+                await thread.sleep(nanoseconds: 50_000_000)
+            }
         }
         if isTerminal { print() }
-    }
-
-    private final class EndFlag: @unchecked Sendable {
-        var isSet = false
     }
 
     private static var temporaryFolder: String {
@@ -204,7 +272,10 @@ struct FleeceCommand: ParsableCommand {
 
     // MARK: An image file
 
-    private func fleeceFile(on thread: IOThread) async throws(BlockError) {
+    private func fleeceFile(
+        on thread: IOThread, _ interruption: FleeceInterruption
+    ) async throws(BlockError) {
+        interruption.endsAtOnce = false
         let daemon = StorageDaemon(on: thread)
         do throws(BlockError) {
             let socket = nbdSocket ?? Self.temporaryFolder + "/merino-fleece-\(getpid()).sock"
@@ -224,7 +295,7 @@ struct FleeceCommand: ParsableCommand {
                 "live: "
                     + (try await FleeceSession.address(of: "live", socket: nil, executor: daemon)
                         .uri))
-            try await fleece(node: "live", daemon)
+            try await fleece(node: "live", daemon, interruption)
         } catch {
             try? await daemon.close()
             throw error

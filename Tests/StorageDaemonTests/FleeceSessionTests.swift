@@ -369,4 +369,23 @@ private final class Interleaved: QMPExecutor, @unchecked Sendable {
         #expect(result.1 == "disk")
         #expect(result.2 == ["disk"])
     }
+
+    @Test func aQMPServerThatDoesNotGreetIsNotWaitedForWithoutEnd() async throws {
+        let place = try TemporaryFolder()
+        defer { place.remove() }
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        let error = try await thread.run { () async throws(BlockError) -> BlockError? in
+            let address = SocketAddress.unix(path: "\(place.path)/silent")
+            let silent = try Listener(on: address, thread: thread)
+            defer { silent.close() }
+            do throws(BlockError) {
+                _ = try await QMPClient.connect(
+                    to: address, on: thread, nanosecondsMax: 1_000_000)
+                return nil
+            } catch { return error }
+        }
+        #expect(error?.code == .timedOut)
+        #expect(error?.message.contains("silent") == true)
+    }
 }

@@ -14,7 +14,8 @@ import Testing
             assert result.returncode == 1, (result.returncode, result.stdout, result.stderr)
             return result.stderr
         def begin(*arguments, lines):
-            process = subprocess.Popen([merino, "fleece", *arguments], stdout=subprocess.PIPE, text=True)
+            process = subprocess.Popen([merino, "fleece", *arguments],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             return process, [process.stdout.readline().strip() for _ in range(lines)]
         class Daemon:
             def __init__(self):
@@ -142,6 +143,61 @@ import Testing
             assert open("temp").read() == "kept"
             assert not os.path.exists("else/temp")
             daemon.end()
+            """)
+    }
+
+    @Test func aSignalEndsTheWaitForADaemonThatDoesNotGreet() throws {
+        try python(
+            """
+            silent = socket.socket(socket.AF_UNIX)
+            silent.bind("silent")
+            silent.listen()
+            for number, status in [(signal.SIGINT, 130), (signal.SIGTERM, 143)]:
+                process, _ = begin("disk", "--qmp", "silent", "--temp", "temp", lines=0)
+                connection, _ = silent.accept()
+                process.send_signal(number)
+                assert process.wait(60) == status, process.returncode
+                connection.close()
+            assert not os.path.exists("temp")
+            """)
+    }
+
+    /// It may go on later: what it holds is not taken from under it.
+    @Test func signalsEndTheWaitForADaemonThatStoppedAndTheViewStays() throws {
+        try python(
+            """
+            daemon = Daemon()
+            before = daemon.nodes()
+            process, lines = begin("disk", "--qmp", "qmp", "--temp", "temp", lines=3)
+            daemon.process.send_signal(signal.SIGSTOP)
+            os.waitpid(daemon.process.pid, os.WUNTRACED)
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 1, process.returncode
+            errors = process.stderr.read()
+            assert "does not answer" in errors and "'disk' is still held" in errors, errors
+            assert os.path.exists("temp")
+            daemon.process.send_signal(signal.SIGCONT)
+            assert has(7, lines[1].removeprefix("uri: "))
+            output(merino, "fleece", "disk", "--qmp", "qmp", "--stop")
+            assert daemon.nodes() == before
+            assert not os.path.exists("temp")
+            daemon.end()
+            """)
+    }
+
+    @Test func aViewWhoseDaemonDiedLeavesNothingBehind() throws {
+        try python(
+            """
+            daemon = Daemon()
+            process, lines = begin("disk", "--qmp", "qmp", "--temp", "temp", lines=3)
+            daemon.process.kill()
+            daemon.process.wait()
+            assert process.wait(60) == 1
+            errors = process.stderr.read()
+            assert "the daemon at unix:qmp" in errors, errors
+            assert "the frozen view of 'disk' ended with it" in errors, errors
+            assert not os.path.exists("temp")
             """)
     }
 }

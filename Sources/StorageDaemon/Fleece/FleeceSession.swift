@@ -17,7 +17,8 @@ public struct FleeceSession: Sendable {
     public let exportName: String
     /// The temporary image's file.
     public let temporaryPath: String
-    private let executor: any QMPExecutor
+    /// Who is asked for it.
+    public let executor: any QMPExecutor
 
     var filterName: String { "fleece-\(tag)-filter" }
     private var accessName: String { "fleece-\(tag)-frozen" }
@@ -105,7 +106,9 @@ public struct FleeceSession: Sendable {
             guard await undo(steps) else {
                 throw BlockError(
                     error.code, error.message,
-                    remedy: "what was set up may still be there: --stop ends it")
+                    remedy:
+                        "what was set up may still be there, with '\(temporaryPath)': --stop ends it"
+                )
             }
             file.remove()
             // Where another session was faster, that is what the user wants to know.
