@@ -21,6 +21,8 @@ public final class StorageDaemon: @unchecked Sendable {
     /// The main thread's.
     public let graph: BlockGraph
     var nbdServer: NBDServer?
+    /// The identifier of the credentials with which the server was started, if its clients need TLS.
+    var nbdServerCredentials: String?
     private var tables = Tables()
     /// In the order they were added.
     var exports: [ExportRecord] {

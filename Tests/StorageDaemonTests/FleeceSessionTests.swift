@@ -388,4 +388,32 @@ private final class Interleaved: QMPExecutor, @unchecked Sendable {
         #expect(error?.code == .timedOut)
         #expect(error?.message.contains("silent") == true)
     }
+
+    @Test func theURIOfAServerThatNeedsTLSSaysSo() async throws {
+        let uris = try await TestDaemon.run { test throws(BlockError) in
+            let before = try await FleeceSession.address(
+                of: "x", socket: nil, executor: test.daemon)
+            _ = try await test.daemon.execute("nbd-server-stop", [:])
+            _ = try await test.daemon.execute(
+                "object-add", ["qom-type": "tls-creds-anon", "id": "t", "endpoint": "server"])
+            _ = try await test.daemon.execute(
+                "nbd-server-start",
+                [
+                    "addr": [
+                        "type": "inet", "data": ["host": "127.0.0.1", "port": "0"],
+                    ], "tls-creds": "t",
+                ])
+            let after = try await FleeceSession.address(
+                of: "x", socket: nil, executor: test.daemon)
+            return (before.uri, after.uri)
+        }
+        #expect(uris.0.hasPrefix("nbd+unix:///x?socket="))
+        #expect(uris.1.hasPrefix("nbds://127.0.0.1:"))
+    }
+
+    @Test func aUnixSocketsURISaysThatTLSIsNeeded() throws {
+        let uri = try NBDURI.text(
+            address: ["type": "unix", "path": "/run/n"], export: "x", needsTLS: true)
+        #expect(uri == "nbds+unix:///x?socket=/run/n")
+    }
 }

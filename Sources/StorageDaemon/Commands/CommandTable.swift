@@ -156,7 +156,8 @@ extension StorageDaemon {
             StorageDaemon.nbdServerRemove),
         DaemonCommand(CommandSchema("nbd-server-stop"), StorageDaemon.nbdServerStop),
         DaemonCommand(
-            CommandSchema("x-query-nbd-server", result: .any, features: ["unstable"]),
+            CommandSchema(
+                "x-query-nbd-server", result: .named("NBDServerInfoOrNull"), features: ["unstable"]),
             StorageDaemon.queryNBDServer),
         DaemonCommand(
             CommandSchema("block-export-add", argumentsOf: "BlockExportOptions"),

@@ -35,7 +35,8 @@ extension StorageDaemon {
             }
             options.connectionCountMax = count
         }
-        if let identifier = try reader.string("tls-creds") {
+        let credentials = try reader.string("tls-creds")
+        if let identifier = credentials {
             options.credentials = try tlsCredentials(identifier, for: .server)
         }
         if let identifier = try reader.string("tls-authz") {
@@ -55,6 +56,7 @@ extension StorageDaemon {
         let server = NBDServer(on: thread, options)
         for listener in listeners { server.listen(on: listener) }
         nbdServer = server
+        nbdServerCredentials = credentials
         return [:]
     }
 
@@ -82,10 +84,12 @@ extension StorageDaemon {
     /// `x-query-nbd-server`: where clients find the exports; null while the server does not run.
     func queryNBDServer(_ arguments: JSONValue) async throws(BlockError) -> JSONValue {
         guard let nbdServer else { return .null }
-        return [
+        var result: JSONObject = [
             "addresses": .array(nbdServer.addresses.map(\.option)),
             "clients": .integer(nbdServer.clientCount),
         ]
+        if let nbdServerCredentials { result["tls-creds"] = .string(nbdServerCredentials) }
+        return .object(result)
     }
 
     // MARK: Exports

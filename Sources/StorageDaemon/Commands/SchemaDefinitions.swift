@@ -209,6 +209,19 @@ extension StorageDaemon {
                 .required("id", .string), .required("type", .named("BlockExportType")),
                 .required("node-name", .string), .required("shutting-down", .boolean),
             ])),
+        "NBDServerInfoOrNull": .alternate([.named("NBDServerInfo"), .null]),
+        "NBDServerInfo": .object(
+            ObjectSchema([
+                .required("addresses", .array(.named("SocketAddress"))),
+                .required("clients", .integer), .optional("tls-creds", .string),
+            ])),
+        "SocketAddress": .object(
+            ObjectSchema(
+                [.required("type", .named("SocketAddressType"))], tag: "type",
+                variants: [
+                    .init("inet", "InetSocketAddress"), .init("unix", "UnixSocketAddress"),
+                    .init("vsock", "VsockSocketAddress"), .init("fd", "FdSocketAddress"),
+                ])),
         "SocketAddressLegacy": .object(
             ObjectSchema(
                 [.required("type", .named("SocketAddressType"))], tag: "type",

@@ -5,14 +5,19 @@ import QMP
 public enum NBDURI {
     /// - Parameters:
     ///   - address: as `x-query-nbd-server` tells it.
-    public static func text(address: JSONValue, export: String) throws(BlockError) -> String {
+    ///   - needsTLS: the server takes no clients without.
+    public static func text(
+        address: JSONValue, export: String, needsTLS: Bool = false
+    ) throws(BlockError) -> String {
         let name = escape(export, keeping: "")
+        let scheme = needsTLS ? "nbds" : "nbd"
         switch (address["type"], address["path"], address["host"], address["port"]) {
         case ("unix", .string(let path)?, _, _):
-            return "nbd+unix:///\(name)?socket=\(escape(path, keeping: "/"))"
+            return "\(scheme)+unix:///\(name)?socket=\(escape(path, keeping: "/"))"
         case ("inet", _, .string(let host)?, .string(let port)?):
             let reachable = host == "0.0.0.0" ? "127.0.0.1" : host == "::" ? "::1" : host
-            return "nbd://\(reachable.contains(":") ? "[\(reachable)]" : reachable):\(port)/\(name)"
+            let place = reachable.contains(":") ? "[\(reachable)]" : reachable
+            return "\(scheme)://\(place):\(port)/\(name)"
         default:
             throw BlockError(.unsupported, "the NBD server's address cannot be given as a URI")
         }
@@ -55,6 +60,9 @@ extension FleeceSession {
         guard case .array(let addresses)? = server["addresses"], let first = addresses.first else {
             throw BlockError(.notFound, "the NBD server listens nowhere")
         }
-        return (try NBDURI.text(address: first, export: export), started)
+        let needsTLS = server["tls-creds"] != nil
+        return (
+            try NBDURI.text(address: first, export: export, needsTLS: needsTLS), started
+        )
     }
 }
