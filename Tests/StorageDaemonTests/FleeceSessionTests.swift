@@ -416,4 +416,30 @@ private final class Interleaved: QMPExecutor, @unchecked Sendable {
             address: ["type": "unix", "path": "/run/n"], export: "x", needsTLS: true)
         #expect(uri == "nbds+unix:///x?socket=/run/n")
     }
+
+    @Test func aNodeBelowTheOneThatIsExportedIsRefusedWithThatOnesName() async throws {
+        let seen = try await TestDaemon.run { test throws(BlockError) in
+            let options: [JSONValue] = [
+                ["driver": "null-co", "node-name": "low", "size": 1_048_576],
+                ["driver": "raw", "node-name": "middle", "file": "low"],
+                ["driver": "raw", "node-name": "top", "file": "middle"],
+            ]
+            for option in options { _ = try await test.daemon.execute("blockdev-add", option) }
+            _ = try await test.daemon.execute(
+                "block-export-add",
+                ["type": "nbd", "id": "t", "node-name": "top", "writable": true])
+            let session = FleeceSession(
+                of: "low", exportName: nil, temporaryPath: "\(test.folder)/temp",
+                executor: test.daemon)
+            var text = ""
+            do throws(BlockError) { try await session.begin(.init()) } catch {
+                text = error.description
+            }
+            return (text, access("\(test.folder)/temp", F_OK), test.nodeNames())
+        }
+        #expect(seen.0.contains("'low' is used by node 'middle'"))
+        #expect(seen.0.hasSuffix("freeze 'top' instead"))
+        #expect(seen.1 != 0)
+        #expect(seen.2 == ["disk", "low", "middle", "top"])
+    }
 }

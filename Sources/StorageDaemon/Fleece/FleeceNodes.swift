@@ -45,6 +45,29 @@ struct FleeceNodes {
         return children.allSatisfy { wanted in own.contains { $0 == wanted } }
     }
 
+    /// The node next above this one that is written through, and the last of those above each other: who
+    /// freezes the lower one would have to keep the upper ones from writing.
+    func writers(
+        above name: String, except own: [String]
+    ) -> (next: String, top: String)? {
+        guard let next = writer(above: name, except: own) else { return nil }
+        var top = next
+        // A daemon that says that nodes are above each other in a circle is not believed for ever.
+        for _ in nodes {
+            guard let upper = writer(above: top, except: own) else { break }
+            top = upper
+        }
+        return (next, top)
+    }
+
+    private func writer(above name: String, except own: [String]) -> String? {
+        let writers = nodes.filter { node in
+            node["ro"] == false
+                && Self.children(of: node).contains { $0.role != "backing" && $0.node == name }
+        }
+        return writers.compactMap(Self.name).first { !own.contains($0) }
+    }
+
     private static func name(of node: JSONValue) -> String? {
         guard case .string(let name)? = node["node-name"] else { return nil }
         return name

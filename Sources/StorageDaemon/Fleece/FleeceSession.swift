@@ -121,15 +121,19 @@ public struct FleeceSession: Sendable {
         let exports = try await exports(of: disk)
         var actions: [JSONValue] = [["type": "blockdev-add", "data": filter(options)]]
         actions += moves(of: exports, to: filterName)
-        // The moment: all of it, or nothing.
-        _ = try await executor.execute("transaction", ["actions": .array(actions)])
-        steps += [.node(filterName), .exportsMoved]
-        _ = try await executor.execute(
-            "blockdev-add",
-            [
-                "driver": "snapshot-access", "node-name": .string(accessName),
-                "file": .string(filterName), "discard": "unmap",
-            ])
+        do throws(BlockError) {
+            // The moment: all of it, or nothing.
+            _ = try await executor.execute("transaction", ["actions": .array(actions)])
+            steps += [.node(filterName), .exportsMoved]
+            _ = try await executor.execute(
+                "blockdev-add",
+                [
+                    "driver": "snapshot-access", "node-name": .string(accessName),
+                    "file": .string(filterName), "discard": "unmap",
+                ])
+        } catch {
+            throw await told(error)
+        }
         steps.append(.node(accessName))
         _ = try await executor.execute(
             "block-export-add",
@@ -139,6 +143,16 @@ public struct FleeceSession: Sendable {
                 "description": .string("frozen view of \(disk)"),
             ])
         steps.append(.export)
+    }
+
+    /// Why the disk cannot be frozen, and what can where a node above it writes.
+    private func told(_ error: BlockError) async -> BlockError {
+        guard let nodes = try? await FleeceNodes(of: executor),
+            let (next, top) = nodes.writers(above: disk, except: viewNames)
+        else { return error }
+        return BlockError(
+            error.code, "'\(disk)' is used by node '\(next)': \(error.message)",
+            remedy: "freeze '\(top)' instead")
     }
 
     /// - Throws: when something has a name that the view's nodes get.
