@@ -26,7 +26,9 @@ struct FleeceCommand: ParsableCommand {
     @Option(help: "The daemon's QMP socket.") var qmp: String?
     @Option(name: [.customShort("f"), .long], help: "The format of the image file.")
     var format = "raw"
-    @Option(name: .customLong("nbd-socket"), help: "Start the NBD server here if none runs.")
+    @Option(
+        name: .customLong("nbd-socket"),
+        help: "Start the NBD server here if none runs; --stop leaves it.")
     var nbdSocket: String?
     @Option(name: .customLong("export-name"), help: "The name of the frozen export.")
     var exportName: String?
@@ -118,7 +120,7 @@ struct FleeceCommand: ParsableCommand {
             try interruption.check()
             try await session.begin(options)
         } catch {
-            if startedServer { _ = try? await executor.execute("nbd-server-stop", [:]) }
+            if startedServer { try? await FleeceSession.stopServer(executor) }
             throw error
         }
         if detach, interruption.signal != nil {
@@ -129,6 +131,9 @@ struct FleeceCommand: ParsableCommand {
         print("uri: \(uri)")
         if detach {
             print("temporary image: \(path)")
+            if startedServer {
+                print("NBD server: stays after --stop; nbd-server-stop stops it")
+            }
             return
         }
         print("Ctrl-C ends the view.")
@@ -152,7 +157,7 @@ struct FleeceCommand: ParsableCommand {
         do throws(BlockError) {
             try await session.end()
         } catch { failure = failure ?? error }
-        if startedServer { _ = try? await session.executor.execute("nbd-server-stop", [:]) }
+        if startedServer { try? await FleeceSession.stopServer(session.executor) }
         if let failure, let client = interruption.client, client.isBroken {
             throw await outOfReach(session, client, failure)
         }

@@ -417,6 +417,21 @@ private final class Interleaved: QMPExecutor, @unchecked Sendable {
         #expect(uri == "nbds+unix:///x?socket=/run/n")
     }
 
+    @Test func aServerThatOthersUseIsNotStoppedWithTheView() async throws {
+        let isThere = try await TestDaemon.run { test throws(BlockError) in
+            var isThere: [Bool] = []
+            try await FleeceSession.stopServer(test.daemon)
+            isThere.append(
+                try await test.daemon.execute("x-query-nbd-server", [:]) != .null)
+            _ = try await test.daemon.execute("block-export-del", ["id": "guest"])
+            try await FleeceSession.stopServer(test.daemon)
+            isThere.append(
+                try await test.daemon.execute("x-query-nbd-server", [:]) != .null)
+            return isThere
+        }
+        #expect(isThere == [true, false])
+    }
+
     @Test func aNodeBelowTheOneThatIsExportedIsRefusedWithThatOnesName() async throws {
         let seen = try await TestDaemon.run { test throws(BlockError) in
             let options: [JSONValue] = [

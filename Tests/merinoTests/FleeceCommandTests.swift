@@ -200,4 +200,22 @@ import Testing
             assert not os.path.exists("temp")
             """)
     }
+
+    @Test func aServerThatADetachedViewStartedStaysAndThatIsTold() throws {
+        try python(
+            """
+            daemon = Daemon()
+            daemon.ask("nbd-server-stop")
+            text = output(merino, "fleece", "disk", "--qmp", "qmp", "--temp", "temp", "--detach",
+                "--nbd-socket", "other")
+            assert "nbd-server-stop stops it" in text, text
+            output(merino, "fleece", "disk", "--qmp", "qmp", "--stop")
+            assert daemon.ask("x-query-nbd-server") is not None
+            text = output(merino, "fleece", "disk", "--qmp", "qmp", "--temp", "temp", "--detach",
+                "--nbd-socket", "third")
+            assert "nbd-server-stop" not in text, text
+            output(merino, "fleece", "disk", "--qmp", "qmp", "--stop")
+            daemon.end()
+            """)
+    }
 }

@@ -37,6 +37,14 @@ public enum NBDURI {
 }
 
 extension FleeceSession {
+    /// Stops an NBD server that was started for a view, unless others have exports there by now.
+    public static func stopServer(_ executor: any QMPExecutor) async throws(BlockError) {
+        guard case .array(let exports) = try await executor.execute("query-block-exports", [:]),
+            exports.allSatisfy({ $0["shutting-down"] == true })
+        else { return }
+        _ = try await executor.execute("nbd-server-stop", [:])
+    }
+
     /// Where clients read the frozen view; starts an NBD server on `socket` when none runs.
     ///
     /// - Returns: the URI, and whether the server was started for it.
