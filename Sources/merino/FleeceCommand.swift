@@ -32,7 +32,7 @@ struct FleeceCommand: ParsableCommand {
     var nbdSocket: String?
     @Option(name: .customLong("export-name"), help: "The name of the frozen export.")
     var exportName: String?
-    @Option(help: "The temporary image; default: beside the sockets, removed at the end.")
+    @Option(help: "The temporary image, removed at the end; default: in TMPDIR, or /var/tmp.")
     var temp: String?
     @Option(name: .customLong("temp-format"), help: "raw or qcow2.") var tempFormat = "raw"
     @Option(
