@@ -180,7 +180,7 @@ struct FleeceCommand: ParsableCommand {
         return BlockError(
             failure.code, failure.message,
             remedy:
-                "the frozen view of '\(session.disk)' is still held: --stop ends it, and removes "
+                "the frozen view of '\(session.disk)' may still be held: --stop ends it, and removes "
                 + "the temporary image '\(session.temporaryPath)'")
     }
 

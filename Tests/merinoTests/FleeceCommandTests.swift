@@ -175,7 +175,7 @@ import Testing
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 1, process.returncode
             errors = process.stderr.read()
-            assert "does not answer" in errors and "'disk' is still held" in errors, errors
+            assert "does not answer" in errors and "'disk' may still be held" in errors, errors
             assert os.path.exists("temp")
             daemon.process.send_signal(signal.SIGCONT)
             assert has(7, lines[1].removeprefix("uri: "))
