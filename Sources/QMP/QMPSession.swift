@@ -238,7 +238,8 @@ public struct QMPSession: Sendable {
             if let identifier = request.identifier { reply["id"] = identifier }
             return JSONValue.object(reply).line(pretty: isPretty)
         case .failure(let error):
-            return message(.generic, error.description, request.identifier)
+            let errorClass = error.code == .notFound ? request.command.absence : .generic
+            return message(errorClass, error.description, request.identifier)
         }
     }
 

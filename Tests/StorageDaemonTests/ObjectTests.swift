@@ -222,6 +222,34 @@ import Testing
         for value in all { #expect(!value.text().contains("TopSecret"), "\(value.text())") }
     }
 
+    @Test func whatIsNotInTheTreeIsToldByTheClassOfTheError() async throws {
+        let options = ["--object", "secret,id=s,data=x", "--object", "throttle-group,id=t"]
+        try await MonitoredDaemon.with(options) { daemon in
+            let client = try daemon.client()
+            func kind(_ command: String, _ arguments: JSONValue) throws -> String {
+                do {
+                    return "gave \(try client.execute(command, arguments).text())"
+                } catch let refused as RawQMPClient.Refused {
+                    return refused.kind
+                }
+            }
+            let absent: [(String, JSONValue)] = [
+                ("qom-list", ["path": "/none"]), ("qom-list-get", ["paths": ["/none"]]),
+                ("qom-get", ["path": "/objects/none", "property": "x"]),
+                ("qom-set", ["path": "/objects/none", "property": "x", "value": 1]),
+                ("qom-list-properties", ["typename": "none"]),
+            ]
+            for (command, arguments) in absent {
+                #expect(try kind(command, arguments) == "DeviceNotFound", "\(command)")
+            }
+            for path in ["/objects/s", "/objects/t", "/objects"] {
+                let property: JSONObject = ["path": .string(path), "property": "none"]
+                #expect(try kind("qom-get", .object(property)) == "GenericError", "\(path)")
+            }
+            #expect(try kind("object-del", ["id": "none"]) == "GenericError")
+        }
+    }
+
     @Test func objectsAreATreeThatCanBeLookedAt() async throws {
         try await MonitoredDaemon.with { daemon in
             let client = try daemon.client()

@@ -83,6 +83,8 @@ public struct CommandSchema: Sendable, Equatable {
     /// May be run before earlier commands are done, with `exec-oob`.
     public let allowsOutOfBand: Bool
     public let features: [String]
+    /// The class of errors that say that what the arguments name is not there.
+    public let absence: QMPSession.ErrorClass
 
     public enum Arguments: Sendable, Equatable {
         case members([SchemaMember])
@@ -92,13 +94,15 @@ public struct CommandSchema: Sendable, Equatable {
 
     public init(
         _ name: String, _ arguments: SchemaMember..., result: SchemaType? = nil,
-        allowsOutOfBand: Bool = false, features: [String] = []
+        allowsOutOfBand: Bool = false, features: [String] = [],
+        absence: QMPSession.ErrorClass = .generic
     ) {
         self.name = name
         self.arguments = .members(arguments)
         self.result = result
         self.allowsOutOfBand = allowsOutOfBand
         self.features = features
+        self.absence = absence
     }
 
     public init(
@@ -110,6 +114,7 @@ public struct CommandSchema: Sendable, Equatable {
         self.result = result
         allowsOutOfBand = false
         self.features = features
+        absence = .generic
     }
 }
 

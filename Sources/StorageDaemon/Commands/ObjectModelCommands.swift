@@ -98,7 +98,7 @@ extension StorageDaemon {
             return try await group.seat.visit { () throws(BlockError) in try group.property(name) }
         }
         guard let property = try properties(at: path).first(where: { $0.name == name }) else {
-            throw BlockError(.notFound, "'\(path)' has no property '\(name)'")
+            throw BlockError(.invalidArgument, "'\(path)' has no property '\(name)'")
         }
         return property.value ?? .null
     }
@@ -118,7 +118,7 @@ extension StorageDaemon {
         }
         guard case .object(let identifier, var object) = try place(at: path), object[name] != nil
         else {
-            throw BlockError(.notFound, "'\(path)' has no property '\(name)'")
+            throw BlockError(.invalidArgument, "'\(path)' has no property '\(name)'")
         }
         object[name] = value
         switch object.kind {
@@ -212,24 +212,26 @@ extension StorageDaemon {
 
     // MARK: Table
 
+    // As clients expect it, a path or a type that is not there is no generic error.
     static let objectModelCommands: [DaemonCommand] = {
         let properties = SchemaType.array(.named("ObjectPropertyInfo"))
         return [
             DaemonCommand(
-                CommandSchema("qom-list", .required("path", .string), result: properties),
-                StorageDaemon.qomList),
+                CommandSchema(
+                    "qom-list", .required("path", .string), result: properties,
+                    absence: .deviceNotFound), StorageDaemon.qomList),
             DaemonCommand(
                 CommandSchema(
-                    "qom-list-get", .required("paths", .array(.string)), result: .array(.any)),
-                StorageDaemon.qomListGet),
+                    "qom-list-get", .required("paths", .array(.string)), result: .array(.any),
+                    absence: .deviceNotFound), StorageDaemon.qomListGet),
             DaemonCommand(
                 CommandSchema(
                     "qom-get", .required("path", .string), .required("property", .string),
-                    result: .any), StorageDaemon.qomGet),
+                    result: .any, absence: .deviceNotFound), StorageDaemon.qomGet),
             DaemonCommand(
                 CommandSchema(
                     "qom-set", .required("path", .string), .required("property", .string),
-                    .required("value", .any)), StorageDaemon.qomSet),
+                    .required("value", .any), absence: .deviceNotFound), StorageDaemon.qomSet),
             DaemonCommand(
                 CommandSchema(
                     "qom-list-types", .optional("implements", .string),
@@ -237,8 +239,8 @@ extension StorageDaemon {
                     result: .array(.named("ObjectTypeInfo"))), StorageDaemon.qomListTypes),
             DaemonCommand(
                 CommandSchema(
-                    "qom-list-properties", .required("typename", .string), result: properties),
-                StorageDaemon.qomListProperties),
+                    "qom-list-properties", .required("typename", .string), result: properties,
+                    absence: .deviceNotFound), StorageDaemon.qomListProperties),
         ]
     }()
 

@@ -10,7 +10,7 @@ extension ThrottleGroup {
         if name == "limits" { return limits.json }
         guard name.hasPrefix("x-"), let value = limits.json[String(name.dropFirst(2))] else {
             throw BlockError(
-                .notFound, "object '\(identifier)' has no property '\(name)'",
+                .invalidArgument, "object '\(identifier)' has no property '\(name)'",
                 remedy: "use limits, or x- and the name of one of its members")
         }
         return value
