@@ -65,6 +65,21 @@ import Testing
         #expect(seen.2 == ["disk"])
     }
 
+    @Test func anExportThatIsUndoneIsNotToldOf() async throws {
+        let told = try await TestDaemon.run { test throws(BlockError) in
+            var told: [JSONValue] = []
+            test.daemon.emit = { name, data in told.append([.string(name), data]) }
+            let export: JSONValue = [
+                "type": "block-export-add",
+                "data": ["type": "nbd", "id": "more", "node-name": "disk", "name": "more"],
+            ]
+            _ = try await Self.run([export, Self.abort], test)
+            return (told, test.daemon.exports.map(\.identifier))
+        }
+        #expect(told.0 == [])
+        #expect(told.1 == ["guest"])
+    }
+
     @Test func aSnapshotWhoseEndIsAbortedIsAsItWas() async throws {
         let seen = try await TestDaemon.run { test throws(BlockError) in
             _ = try await Self.run([Self.target, Self.filter, Self.guest(on: "filter")], test)

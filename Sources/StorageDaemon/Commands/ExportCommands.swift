@@ -227,12 +227,13 @@ extension StorageDaemon {
         }
     }
 
-    /// Removes an export that was added while the graph is drained, and still is.
+    /// Removes an export that was added while the graph is drained, and still is. No event tells: for
+    /// clients it was never there.
     func takeBack(_ record: ExportRecord) async throws(BlockError) {
         let export = record.export
         nbdServer?.remove(export)
         record.isClosing = true
-        defer { isGone(record) }
+        defer { exports.removeAll { $0 === record } }
         try await export.seat.visit { () throws(BlockError) in
             try await export.close(refusing: true)
         }
