@@ -103,10 +103,16 @@ public final class BlockGraph: @unchecked Sendable {
         }
         let description = try registry.driver(named: driverName)
         let name = try name(from: reader, needsName: needsName)
-        reader.subject = "node '\(name)' (driver '\(driverName)')"
+        // Errors name the node themselves.
+        reader.subject = "driver '\(driverName)'"
+        let nodeOptions: NodeOptions
+        do throws(BlockError) {
+            nodeOptions = try NodeOptions(reading: reader, inheriting: inherited)
+        } catch {
+            throw error.on(node: name)
+        }
         let node = BlockNode(
-            name: name, graph: self, description: description,
-            options: try NodeOptions(reading: reader, inheriting: inherited))
+            name: name, graph: self, description: description, options: nodeOptions)
         // Known from here on, so that nothing else takes the name while it opens.
         try commons.take(name, for: self)
         if case .object(let given) = options { node.openedWith = given }

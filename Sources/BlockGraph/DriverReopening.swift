@@ -27,19 +27,17 @@ public final class NodeReopening {
     ) throws(BlockError) {
         self.node = node
         self.given = given
-        options = try OptionReader(
-            .object(given), of: "node '\(node.name)' (driver '\(node.description.name)')")
-        if let driver = try options.string("driver"), driver != node.description.name {
-            throw BlockError(
-                .invalidArgument,
-                "its driver is '\(node.description.name)' and stays so, it cannot become '\(driver)'",
-                node: node.name)
-        }
-        if let name = try options.string("node-name"), name != node.name {
-            throw BlockError(
-                .invalidArgument, "a node cannot be named '\(name)' anew", node: node.name)
-        }
+        options = try OptionReader(.object(given), of: "driver '\(node.description.name)'")
         do throws(BlockError) {
+            if let driver = try options.string("driver"), driver != node.description.name {
+                throw BlockError(
+                    .invalidArgument,
+                    "its driver is '\(node.description.name)' and stays so, it cannot become '\(driver)'"
+                )
+            }
+            if let name = try options.string("node-name"), name != node.name {
+                throw BlockError(.invalidArgument, "a node cannot be named '\(name)' anew")
+            }
             nodeOptions = try NodeOptions(reading: options, inheriting: inherited)
         } catch {
             throw error.on(node: node.name)

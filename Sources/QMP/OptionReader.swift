@@ -5,7 +5,7 @@ import BlockCore
 /// Values come from JSON, where they have types, or from `key=value` text, where all are strings: a
 /// string that spells the wanted type is taken too. Confined to whoever reads.
 public final class OptionReader {
-    /// Whose options these are, for errors: `"node 'x' (driver 'qcow2')"`.
+    /// Whose options these are, for errors: `"driver 'qcow2'"`.
     public var subject: String
     private let object: JSONObject
     private let prefix: String

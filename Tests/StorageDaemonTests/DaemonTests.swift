@@ -51,6 +51,28 @@ import Testing
         }
     }
 
+    @Test(arguments: [
+        ("zzz", "there is no option 'zzz'"),
+        ("read-only", "option 'read-only' expects a boolean (on or off), not integer"),
+        ("size", "option 'size' expects a size, not array"),
+    ])
+    func anErrorOfANodesOptionNamesTheNodeOnce(option: String, reason: String) async throws {
+        try await MonitoredDaemon.with { daemon in
+            let client = try daemon.client()
+            var options: JSONObject = ["driver": "null-co", "node-name": "a"]
+            let expected = "node 'a': driver 'null-co': \(reason)"
+            let value: JSONValue = option == "size" ? [] : 1
+            options[option] = value
+            #expect(try client.refusal("blockdev-add", .object(options)) == expected)
+            options[option] = nil
+            try client.execute("blockdev-add", .object(options))
+            options[option] = value
+            let refusal = try client.refusal("blockdev-reopen", ["options": [.object(options)]])
+            #expect(refusal.hasPrefix("node 'a': "))
+            #expect(refusal.components(separatedBy: "node 'a'").count == 2, "\(refusal)")
+        }
+    }
+
     // MARK: Clients
 
     @Test func severalClientsHearTheSameEvents() async throws {
