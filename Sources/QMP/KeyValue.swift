@@ -33,6 +33,31 @@ public struct KeyValue {
         return try root.value()
     }
 
+    /// That the options there are be told, instead of anything done.
+    public struct HelpRequest: Sendable, Equatable {
+        /// The value of the implied key, of which there may be more to tell.
+        public let subject: String?
+    }
+
+    /// What `text` asks to be told, if a part of it is `help` or `?` and no more.
+    ///
+    /// - Parameter impliedKey: as for ``parse(_:impliedKey:allowsFlags:)``.
+    public static func helpRequest(in text: String, impliedKey: String) -> HelpRequest? {
+        if text.first == "{" { return nil }
+        func asks(_ part: String) -> Bool { part == "help" || part == "?" }
+        let parts = parts(of: text)
+        guard parts.contains(where: asks) else { return nil }
+        var subject: String?
+        for (index, part) in parts.enumerated() where !asks(part) {
+            if part.hasPrefix("\(impliedKey)=") {
+                subject = String(part.dropFirst(impliedKey.count + 1))
+            } else if index == 0, !part.contains("=") {
+                subject = part
+            }
+        }
+        return HelpRequest(subject: subject)
+    }
+
     /// The parts between single commas, double ones made single.
     private static func parts(of text: String) -> [String] {
         var result: [String] = []

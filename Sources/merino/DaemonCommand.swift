@@ -30,6 +30,7 @@ struct DaemonCommand: PassthroughCommand {
     private func runDaemon() throws(BlockError) {
         let options = try DaemonOptions(arguments)
         if options.wantsHelp { return print(DaemonOptions.help) }
+        if let listing = options.listing { return print(listing) }
         if options.wantsVersion { return print(Merino.configuration.version) }
         if try TraceArguments.apply(options.traces, strictly: true) { return }
         SignalSource.block(DaemonProgram.signals)

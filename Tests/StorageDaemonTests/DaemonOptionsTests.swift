@@ -33,6 +33,61 @@ import Testing
     }
 }
 
+@Suite struct OptionHelpTests {
+    private func listing(_ arguments: String...) throws -> String? {
+        try DaemonOptions(arguments).listing
+    }
+
+    @Test(arguments: ["help", "?", "help,id=x", "nosuch,help"])
+    func objectsAreListed(text: String) throws {
+        let lines = try #require(try listing("--object", text)).split(separator: "\n")
+        #expect(lines.first == "List of user creatable objects:")
+        #expect(lines.dropFirst().count == DaemonObject.Kind.allCases.count)
+        #expect(lines.contains("  tls-creds-x509") && lines.contains("  iothread"))
+    }
+
+    @Test(arguments: ["authz-list,help", "authz-list,id=x,?", "qom-type=authz-list,help"])
+    func thePropertiesOfAnObjectAreListed(text: String) throws {
+        #expect(
+            try listing("--object", text) == """
+                authz-list options:
+                  policy=<QAuthZListPolicy>
+                  rules=<QAuthZListRule>
+                """)
+    }
+
+    @Test func everyObjectHasProperties() throws {
+        for kind in DaemonObject.Kind.allCases {
+            let text = try #require(try listing("--object", "\(kind.rawValue),help"))
+            #expect(text.hasPrefix("\(kind.rawValue) options:\n  "), "\(kind)")
+        }
+    }
+
+    @Test func characterDevicesAreListed() throws {
+        let text = try #require(try listing("--chardev", "help"))
+        #expect(text.hasPrefix("Available chardev backend types:"))
+        for backend in CharacterDevices.backends {
+            #expect(text.contains("\n  \(backend)"), "\(backend)")
+            let options = try #require(try listing("--chardev", "\(backend),help"))
+            #expect(options.hasPrefix("\(backend) options:\n  id=<string>"), "\(backend)")
+        }
+    }
+
+    @Test func whatStandsBehindARequestForHelpIsNotLookedAt() throws {
+        #expect(try listing("--object", "help", "--nosuch") != nil)
+        #expect(throws: BlockError.self) { try DaemonOptions(["--nosuch", "--object", "help"]) }
+    }
+
+    /// Help is a word by itself.
+    @Test(arguments: [
+        "secret,id=help,data=x", "secret,id=x,data=help", "secret,id=x,help=on",
+        "{\"qom-type\": \"help\"}", "qom-type=help,id=x", "secret,id=x,data=a,,help",
+    ])
+    func valuesAreNoRequestForHelp(text: String) throws {
+        #expect(try listing("--object", text) == nil)
+    }
+}
+
 @Suite struct DaemonSchemaTests {
     @Test func everyTypeThatIsNamedIsThere() {
         #expect(StorageDaemon.schema.undefinedNames == [])

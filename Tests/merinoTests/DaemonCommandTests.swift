@@ -96,6 +96,18 @@ import Testing
         }
     }
 
+    @Test func objectsAndDevicesAreListedOnDemand() throws {
+        let place = try Workplace()
+        for (option, text, line) in [
+            ("--object", "help", "  secret"), ("--object", "secret,help", "  data=<string>"),
+            ("--chardev", "help", "  socket"),
+        ] {
+            let result = try place.merino("daemon", option, text)
+            #expect(result.status == 0 && result.errors.isEmpty, "\(result.errors)")
+            #expect(result.output.split(separator: "\n").contains { $0 == line }, "\(text)")
+        }
+    }
+
     @Test func cipherSuitesAreCheckedAndNeedAPriority() throws {
         let place = try Workplace()
         for (options, word) in [("", "priority"), (",priority=NOSUCH", "NOSUCH")] {

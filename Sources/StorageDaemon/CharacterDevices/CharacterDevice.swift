@@ -39,6 +39,22 @@ enum CharacterDevices {
         "file", "memory", "null", "pipe", "pty", "ringbuf", "serial", "socket", "stdio", "udp",
     ]
 
+    /// What each takes beside its identifier, as a command line spells it.
+    static let options: [String: [String]] = [
+        "file": ["path=<string>", "append=<bool>", "input-path=<string>"],
+        "memory": ["size=<size>"], "null": [], "pipe": ["path=<string>"], "pty": [],
+        "ringbuf": ["size=<size>"], "serial": ["path=<string>"],
+        "socket": [
+            "path=<string>", "abstract=<bool>", "host=<string>", "port=<int>", "to=<int>",
+            "ipv4=<bool>", "ipv6=<bool>", "keep-alive=<bool>", "numeric=<bool>", "cid=<int>",
+            "fd=<string>", "server=<bool>", "wait=<bool>",
+        ], "stdio": ["signal=<bool>"],
+        "udp": [
+            "host=<string>", "port=<int>", "localaddr=<string>", "localport=<int>", "ipv4=<bool>",
+            "ipv6=<bool>",
+        ],
+    ]
+
     /// Makes a device.
     ///
     /// - Parameter options: `backend` and the backend's own, `id` read already.

@@ -34,6 +34,9 @@ public struct DaemonOptions: Sendable {
     /// Of `--trace`, in their order; they take effect before all else.
     public private(set) var traces: [String] = []
     public private(set) var wantsHelp = false
+    /// What an option was asked to tell of itself, to be printed instead of anything done; what stands behind
+    /// it on the command line was not looked at.
+    public private(set) var listing: String?
     public private(set) var wantsVersion = false
 
     /// What there is, by the long names.
@@ -64,6 +67,7 @@ public struct DaemonOptions: Sendable {
                     throw BlockError(.invalidArgument, "option '\(name)' needs a value")
                 }
                 try take(name, text)
+                if listing != nil { return }
             }
         }
     }
@@ -72,10 +76,16 @@ public struct DaemonOptions: Sendable {
         do throws(BlockError) {
             switch name {
             case "--object":
+                if let request = KeyValue.helpRequest(in: text, impliedKey: "qom-type") {
+                    return listing = OptionHelp.objects(request)
+                }
                 steps.append(.object(try KeyValue.parse(text, impliedKey: "qom-type")))
             case "--blockdev":
                 steps.append(.blockdev(try KeyValue.parse(text, impliedKey: "driver")))
             case "--chardev":
+                if let request = KeyValue.helpRequest(in: text, impliedKey: "backend") {
+                    return listing = OptionHelp.characterDevices(request)
+                }
                 steps.append(
                     .characterDevice(
                         try KeyValue.parse(text, impliedKey: "backend", allowsFlags: true)))
@@ -130,7 +140,8 @@ public struct DaemonOptions: Sendable {
           --object TYPE,id=ID[,PROPERTY=VALUE…]
                                   Make an object: secret, secret_keyring, tls-creds-x509,
                                   tls-creds-psk, tls-creds-anon, authz-simple, authz-list,
-                                  authz-list-file, iothread, throttle-group.
+                                  authz-list-file, iothread, throttle-group. --object help lists
+                                  them, --object TYPE,help the properties of one.
           --blockdev DRIVER,node-name=NAME[,OPTION=VALUE…]
                                   Open a block node.
           --nbd-server addr.type=unix,addr.path=PATH[,OPTION=VALUE…]
@@ -142,7 +153,7 @@ public struct DaemonOptions: Sendable {
           --chardev socket,id=ID,path=PATH,server=on,wait=off
           --chardev socket,id=ID,host=HOST,port=PORT,server=on,wait=off
                                   Make a socket for a monitor; others are stdio, file, pipe, pty,
-                                  serial and udp.
+                                  serial and udp. --chardev help lists them.
           --monitor CHARDEV[,pretty=on]
                                   Answer QMP on a socket.
           -T, --trace [PATTERN][,events=FILE][,file=FILE]
