@@ -105,6 +105,11 @@ import Testing
         }
     }
 
+    @Test func everyCreationIsDescribed() {
+        let creating = StorageDaemon.registry.drivers.filter { $0.create != nil }.map(\.name)
+        #expect(Set(creating) == Set(StorageDaemon.creationOptions.keys))
+    }
+
     @Test(arguments: [
         ("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9v\nYmFy", "foobar"),
     ])

@@ -36,6 +36,52 @@ import Testing
         #expect(states.count == 8 && states.allSatisfy { $0 == "concluded" })
     }
 
+    @Test(arguments: [
+        (#"{"driver": "file", "filename": "/none/disk"}"#, "'options.size' is missing"),
+        (#"{"driver": "file", "filename": "/none/disk", "size": "1"}"#, "'options.size' expects"),
+        (#"{"driver": "raw", "file": 7, "size": 1}"#, "'options.file' expects"),
+        (#"{"driver": "qcow2", "size": 1}"#, "'options.file' is missing"),
+        (#"{"driver": "qcow2", "file": "n", "size": 1, "version": "v9"}"#, "use one of v2, v3"),
+        (#"{"driver": "qcow2", "file": "n", "size": 1, "sice": 1}"#, "did you mean"),
+        (
+            #"{"driver": "qcow2", "file": "n", "size": 1, "encrypt": {"format": "no"}}"#,
+            "'options.encrypt.format'"
+        ),
+        (
+            #"{"driver": "luks", "file": "n", "size": 1, "cipher-alg": "no"}"#,
+            "'options.cipher-alg'"
+        ),
+        (#"{"driver": "null-co", "size": 1}"#, "cannot create images"),
+        (#"{"driver": "none"}"#, "'none'"),
+    ])
+    func optionsThatMakeNoSenseStartNoJob(options: String, part: String) async throws {
+        let arguments: JSONValue = ["job-id": "j", "options": try JSONParser.parse(options)]
+        try await Self.with { daemon throws(BlockError) in
+            do throws(BlockError) {
+                _ = try await daemon.execute("blockdev-create", arguments)
+                Issue.record("a job began")
+            } catch {
+                #expect(error.description.contains(part), "\(error)")
+            }
+            #expect(daemon.jobs.isEmpty)
+            try await daemon.close()
+        }
+    }
+
+    @Test func whatTheDriverCannotUseIsTheJobsError() async throws {
+        let failure = try await Self.with { daemon throws(BlockError) in
+            let options: JSONValue = [
+                "driver": "qcow2", "file": "none", "size": 65536, "cluster-size": 3,
+            ]
+            _ = try await daemon.execute("blockdev-create", ["job-id": "j", "options": options])
+            await daemon.jobs.first?.task?.value
+            let failure = daemon.jobs.first?.failure?.description
+            try await daemon.close()
+            return failure
+        }
+        #expect(failure?.contains("cluster-size") == true)
+    }
+
     @Test func jobsThatNobodyDismissesAreLimited() async throws {
         try await Self.with { daemon throws(BlockError) in
             for index in 0..<Limits.jobCountMax { try await Self.start("j\(index)", daemon) }

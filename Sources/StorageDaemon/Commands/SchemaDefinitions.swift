@@ -9,7 +9,7 @@ extension StorageDaemon {
     static let schemaDefinitions: [String: SchemaDefinition] = [
         controlDefinitions, exportDefinitions, nodeDefinitions, objectDefinitions,
         bitmapDefinitions, objectModelDefinitions, characterDeviceDefinitions, traceDefinitions,
-        threadDefinitions,
+        threadDefinitions, creationDefinitions,
     ].reduce(into: [:]) { all, more in all.merge(more) { first, _ in first } }
 
     private static let controlDefinitions: [String: SchemaDefinition] = [
@@ -333,9 +333,6 @@ extension StorageDaemon {
         "BlockdevReplaceDriver": .object(
             ObjectSchema([.required("node-name", .string), .required("child", .string)])),
         "BlockdevReplaceExport": .object(ObjectSchema([.required("export-id", .string)])),
-        "BlockdevCreateOptions": .object(
-            ObjectSchema(
-                [.required("driver", .named("BlockdevDriver"))], isCheckedByReceiver: true)),
         "BlockdevAmendOptions": .object(
             ObjectSchema(
                 [.required("driver", .named("BlockdevDriver"))], isCheckedByReceiver: true)),
