@@ -159,6 +159,7 @@ public final class StorageDaemon: @unchecked Sendable {
             }
         }
         for thread in ioThreads { thread.retire() }
+        mainLoop?.letWorkersGo()
         if let failure { throw failure }
     }
 }

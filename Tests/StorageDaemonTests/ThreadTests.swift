@@ -96,9 +96,9 @@ import Testing
                     "thread-pool-max": 100, "poll-grow": 4, "poll-shrink": 2, "aio-max-batch": 8,
                 ])
             let made = try daemon.requireThread("a")
-            #expect(made.workers.threadCount == 3)
+            #expect(made.settings.workers.threadCount == 3)
             let tuning = try await made.thread.visit { () throws(BlockError) in
-                #expect(made.thread.workers === made.workers)
+                #expect(made.thread.workers === made.settings.workers)
                 return made.thread.tuning
             }
             #expect(tuning.pollGrowth == 4 && tuning.pollShrinkage == 2)
@@ -109,9 +109,44 @@ import Testing
             let below = await refusal("qom-set", set("thread-pool-max", 2))
             #expect(below.contains("'thread-pool-min' must not be above"), "\(below)")
             _ = try await daemon.execute("qom-set", set("thread-pool-min", 5))
-            #expect(made.workers.threadCount == 5)
+            #expect(made.settings.workers.threadCount == 5)
             _ = try await daemon.execute("qom-set", set("thread-pool-min", 0))
             _ = try await daemon.execute("object-del", ["id": "a"])
+        }
+    }
+
+    @Test func theMainThreadRunsByItsObject() async throws {
+        try await TestDaemon.run { test throws(BlockError) in
+            let daemon = test.daemon
+            func refusal(_ command: String, _ arguments: JSONValue) async -> String {
+                do throws(BlockError) {
+                    _ = try await daemon.execute(command, arguments)
+                    return ""
+                } catch { return error.description }
+            }
+            let polling: JSONValue = ["qom-type": "main-loop", "id": "m", "poll-max-ns": 1]
+            #expect(await refusal("object-add", polling).contains("'poll-max-ns' is unexpected"))
+            let negative: JSONValue = ["qom-type": "main-loop", "id": "m", "aio-max-batch": -1]
+            #expect(await refusal("object-add", negative).contains("'aio-max-batch'"))
+            _ = try await daemon.execute(
+                "object-add",
+                [
+                    "qom-type": "main-loop", "id": "m", "thread-pool-min": 2, "aio-max-batch": 8,
+                ])
+            #expect(daemon.thread.workers.threadCount == 2)
+            #expect(daemon.thread.tuning.batchCountMax == 8)
+            func set(_ name: String, _ number: Int) -> JSONValue {
+                ["path": "/objects/m", "property": .string(name), "value": .integer(number)]
+            }
+            _ = try await daemon.execute("qom-set", set("aio-max-batch", 9))
+            #expect(daemon.thread.tuning.batchCountMax == 9)
+            #expect(await refusal("qom-set", set("thread-pool-max", 1)).contains("thread-pool-min"))
+            #expect(await refusal("qom-set", set("poll-grow", 1)).contains("no property"))
+            #expect(
+                await refusal("object-add", ["qom-type": "main-loop", "id": "n"])
+                    .contains("already"))
+            #expect(await refusal("object-del", ["id": "m"]).contains("in use"))
+            try await test.guestWrite(0, 4096, 0x22)
         }
     }
 

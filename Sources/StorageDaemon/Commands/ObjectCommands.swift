@@ -18,6 +18,7 @@ enum DaemonObject {
         case authorizationList = "authz-list"
         case authorizationFile = "authz-list-file"
         case thread = "iothread"
+        case mainLoop = "main-loop"
         case throttleGroup = "throttle-group"
     }
 
@@ -29,6 +30,8 @@ enum DaemonObject {
     case authorization(@Sendable (String) -> Bool)
     case authorizationList(SharedAuthorizationList)
     case thread(DaemonThread)
+    /// Of the main thread.
+    case mainLoop(ThreadSettings)
     /// Nodes find it in the graph's objects.
     case throttleGroup(ThrottleGroup)
 }
@@ -61,7 +64,14 @@ extension StorageDaemon {
         guard objects[identifier] != nil else {
             throw BlockError(.notFound, "there is no object '\(identifier)'")
         }
-        if case .thread(let thread)? = objects[identifier] { try await end(thread) }
+        switch objects[identifier] {
+        case .thread(let thread)?: try await end(thread)
+        case .mainLoop?:
+            throw BlockError(
+                .busy, "object '\(identifier)' is in use: the main thread runs by it",
+                remedy: "qom-set changes its properties")
+        default: break
+        }
         try graph.removeObject(identifier)
         objects[identifier] = nil
         objectProperties[identifier] = nil
@@ -95,6 +105,7 @@ extension StorageDaemon {
             }
             return .authorization { file.allows($0) }
         case .thread: return .thread(try await makeThread(reader))
+        case .mainLoop: return .mainLoop(try await makeMainLoop(reader))
         case .throttleGroup:
             let limits = try ThrottleGroup.properties(reader)
             let group = try ThrottleGroup(try reader.required("id"), limits, on: thread)

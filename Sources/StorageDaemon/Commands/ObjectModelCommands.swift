@@ -122,13 +122,15 @@ extension StorageDaemon {
         }
         object[name] = value
         switch object.kind {
-        case .thread:
+        case .thread, .mainLoop:
             guard case .integer(let number) = value, number >= 0 else {
                 throw BlockError(
                     .invalidArgument, "property '\(name)' expects a number, 0 or above")
             }
-            if case .thread(let thread)? = objects[identifier] {
-                try await thread.set([(name, number)])
+            switch objects[identifier] {
+            case .thread(let thread)?: try await thread.settings.set([(name, number)])
+            case .mainLoop(let settings)?: try await settings.set([(name, number)])
+            default: break
             }
         case .authorizationList:
             let list = try AuthorizationList(OptionReader(.object(object.values), of: path))

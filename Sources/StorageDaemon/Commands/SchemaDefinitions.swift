@@ -175,6 +175,11 @@ extension StorageDaemon {
                 .optional("poll-shrink", .integer), .optional("aio-max-batch", .integer),
                 .optional("thread-pool-min", .integer), .optional("thread-pool-max", .integer),
             ])),
+        "ObjectOptions-main-loop": .object(
+            ObjectSchema([
+                .optional("aio-max-batch", .integer), .optional("thread-pool-min", .integer),
+                .optional("thread-pool-max", .integer),
+            ])),
         "ObjectOptions-throttle-group": .object(
             ObjectSchema(
                 [.optional("limits", .named("ThrottleLimits"))] + throttleLimits(prefix: "x-"))),

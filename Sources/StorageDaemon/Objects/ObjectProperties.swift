@@ -45,7 +45,7 @@ extension DaemonObject.Kind {
         case .secret, .keyringSecret: "secret_common"
         case .certificates, .keys, .anonymous, .cipherSuites: "tls-creds"
         case .authorization, .authorizationList, .authorizationFile: "authz"
-        case .thread: "event-loop-base"
+        case .thread, .mainLoop: "event-loop-base"
         case .throttleGroup: "object"
         }
     }
@@ -85,8 +85,12 @@ extension DaemonObject.Kind {
         case .thread:
             return [
                 Property("poll-max-ns", "int", 32768), Property("poll-grow", "int", 0),
-                Property("poll-shrink", "int", 0), Property("aio-max-batch", "int", 0),
-                Property("thread-pool-min", "int", 0), Property("thread-pool-max", "int", 64),
+                Property("poll-shrink", "int", 0),
+            ] + DaemonObject.Kind.mainLoop.properties
+        case .mainLoop:
+            return [
+                Property("aio-max-batch", "int", 0), Property("thread-pool-min", "int", 0),
+                Property("thread-pool-max", "int", 64),
             ]
         }
     }

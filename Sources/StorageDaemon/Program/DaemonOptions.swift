@@ -140,8 +140,9 @@ public struct DaemonOptions: Sendable {
           --object TYPE,id=ID[,PROPERTY=VALUE…]
                                   Make an object: secret, secret_keyring, tls-creds-x509,
                                   tls-creds-psk, tls-creds-anon, authz-simple, authz-list,
-                                  authz-list-file, iothread, throttle-group. --object help lists
-                                  them, --object TYPE,help the properties of one.
+                                  authz-list-file, iothread, main-loop, throttle-group.
+                                  --object help lists them, --object TYPE,help the properties of
+                                  one.
           --blockdev DRIVER,node-name=NAME[,OPTION=VALUE…]
                                   Open a block node.
           --nbd-server addr.type=unix,addr.path=PATH[,OPTION=VALUE…]

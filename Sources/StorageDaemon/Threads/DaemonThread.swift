@@ -2,83 +2,26 @@ import BlockCore
 import BlockGraph
 import BlockIO
 import QMP
-import Synchronization
 
 /// An `iothread` object: a thread with an engine, a graph and worker threads of its own, for nodes to move to.
-///
-/// Its properties are put into force as they are made, and as `qom-set` changes them:
-///
-///     poll-max-ns        how long the engine looks for completions before the thread sleeps
-///     poll-grow          the factor by which that time grows while more of it would pay; 0: 2
-///     poll-shrink        what it is divided by when it does not pay; 0: it ends at once
-///     aio-max-batch      operations that gather before the system gets them; 0: a turn's
-///     thread-pool-min    worker threads that are there although there is nothing to do
-///     thread-pool-max    worker threads at most
 final class DaemonThread: Sendable {
     let identifier: String
-    let thread: IOThread
     let graph: BlockGraph
-    let workers: WorkerPool
-    private let workerCounts = Mutex(WorkerCounts())
+    let settings: ThreadSettings
 
-    private struct WorkerCounts {
-        var least = 0
-        var most = 64
-    }
+    var thread: IOThread { settings.thread }
 
     init(_ identifier: String, besides graph: BlockGraph) throws(BlockError) {
         self.identifier = identifier
         // What system tools show has 15 bytes.
-        thread = try IOThread(name: "IO \(identifier)")
+        let thread = try IOThread(name: "IO \(identifier)")
+        settings = ThreadSettings(of: thread)
         self.graph = BlockGraph(on: thread, besides: graph)
-        workers = WorkerPool(threadCountMax: WorkerCounts().most)
-    }
-
-    /// Puts properties into force.
-    ///
-    /// - Throws: `invalidArgument`, with nothing changed, for worker threads that cannot be.
-    func set(_ properties: [(name: String, number: Int)]) async throws(BlockError) {
-        var counts = workerCounts.withLock { $0 }
-        for property in properties {
-            switch property.name {
-            case "thread-pool-min": counts.least = property.number
-            case "thread-pool-max": counts.most = property.number
-            default: break
-            }
-        }
-        guard counts.least <= counts.most, counts.most > 0 else {
-            throw BlockError(
-                .invalidArgument, "'thread-pool-min' must not be above 'thread-pool-max'",
-                remedy: "give a maximum of 1 or more, and a minimum up to that")
-        }
-        workerCounts.withLock { $0 = counts }
-        workers.setThreadCounts(least: counts.least, most: counts.most)
-        let (thread, workers) = (thread, workers)
-        try await thread.visit { () throws(BlockError) in
-            thread.workers = workers
-            thread.tuning = Self.tuning(thread.tuning, with: properties)
-        }
-    }
-
-    private static func tuning(
-        _ old: EngineTuning, with properties: [(name: String, number: Int)]
-    ) -> EngineTuning {
-        var tuning = old
-        for (name, number) in properties {
-            switch name {
-            case "poll-max-ns": tuning.pollNanosecondsMax = UInt64(clamping: number)
-            case "poll-grow": tuning.pollGrowth = UInt64(clamping: number)
-            case "poll-shrink": tuning.pollShrinkage = UInt64(clamping: number)
-            case "aio-max-batch": tuning.batchCountMax = number
-            default: break
-            }
-        }
-        return tuning
     }
 
     /// Ends the thread, which no node is on, and its workers.
     func retire() {
-        workers.setThreadCounts(least: 0, most: workerCounts.withLock { $0.most })
+        settings.letWorkersGo()
         thread.retire()
     }
 }
@@ -88,27 +31,16 @@ extension StorageDaemon {
 
     /// Makes a thread from the properties of `object-add`.
     func makeThread(_ reader: OptionReader) async throws(BlockError) -> DaemonThread {
-        let properties = DaemonObject.Kind.thread.properties
-        var values: [(name: String, number: Int)] = []
-        for property in properties {
-            let number = try reader.int(property.name) ?? property.standardNumber
-            guard number >= 0 else {
-                throw BlockError(
-                    .invalidArgument, "\(reader.subject): '\(property.name)' cannot be negative")
-            }
-            values.append((property.name, number))
-        }
         let identifier = try reader.required("id")
-        try reader.finish()
+        let values = try ThreadSettings.read(reader, of: .thread)
         let made = try DaemonThread(identifier, besides: graph)
-        let graph = made.graph
         do throws(BlockError) {
-            try await made.set(values)
+            try await made.settings.set(values)
         } catch {
             made.retire()
-            throw BlockError(
-                error.code, "\(reader.subject): \(error.message)", remedy: error.remedy)
+            throw error.doing(reader.subject)
         }
+        let graph = made.graph
         try await graph.thread.visit { () throws(BlockError) in watch(graph) }
         return made
     }
@@ -216,12 +148,5 @@ extension StorageDaemon {
         try await onThread(of: node) { node throws(BlockError) in
             try await node.graph.move(node, to: other)
         }
-    }
-}
-
-extension ObjectProperties.Property {
-    fileprivate var standardNumber: Int {
-        if case .integer(let number) = standard { return number }
-        return 0
     }
 }
