@@ -38,4 +38,18 @@ import Testing
             "socket,id=a,server,nowait", impliedKey: "backend", allowsFlags: true)
         #expect(value == ["backend": "socket", "id": "a", "server": "on", "wait": "off"])
     }
+
+    @Test(
+        arguments: [
+            ("help", true, nil), ("?,id=x", true, nil), ("socket,help", true, "socket"),
+            ("id=x,backend=socket,?", true, "socket"), ("socket,id=help", false, nil),
+            ("backend=help", false, nil), ("socket,path=a,,help", false, nil),
+            ("{help", false, nil),
+            ("", false, nil),
+        ] as [(String, Bool, String?)])
+    func helpIsAskedForByAWordByItself(text: String, isAsked: Bool, subject: String?) {
+        let request = KeyValue.helpRequest(in: text, impliedKey: "backend")
+        #expect((request != nil) == isAsked)
+        #expect(request?.subject == subject)
+    }
 }

@@ -10,6 +10,7 @@ import Testing
             CommandSchema("ask", .required("what", .string), .optional("times", .integer)),
             CommandSchema("look", allowsOutOfBand: true),
             CommandSchema("open", argumentsOf: "Shape"),
+            CommandSchema("find", absence: .deviceNotFound),
         ],
         events: [EventSchema("HAPPENED", .required("id", .string))],
         definitions: [
@@ -100,6 +101,25 @@ import Testing
         let replies = answers(text)
         #expect(replies.count == 1 && replies[0].contains(part), "\(text) gave \(replies)")
         #expect(answers("{\"execute\": \"look\"}") == ["run look"])
+    }
+
+    @Test(arguments: [
+        ("find", BlockError.Code.notFound, "DeviceNotFound"), ("find", .busy, "GenericError"),
+        ("look", .notFound, "GenericError"),
+    ])
+    mutating func whatIsAbsentHasTheClassThatItsCommandSays(
+        command: String, code: BlockError.Code, kind: String
+    ) throws {
+        negotiate()
+        session.receive(Array("{\"execute\": \"\(command)\"}".utf8))
+        guard case .run(let request)? = session.next() else {
+            Issue.record("the command is not run")
+            return
+        }
+        let reply = try JSONParser.parse(
+            session.reply(to: request, .failure(BlockError(code, "reason"))))
+        #expect(reply["error"]?["class"] == .string(kind))
+        #expect(reply["error"]?["desc"] == "reason")
     }
 
     @Test mutating func nestedObjectsAreCheckedThroughAlternates() {
