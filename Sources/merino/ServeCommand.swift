@@ -4,7 +4,6 @@ import BlockExports
 import BlockGraph
 import BlockIO
 import ImageTools
-import QMP
 import StorageDaemon
 
 #if canImport(Glibc)
@@ -69,18 +68,6 @@ struct ServeProgram {
         return objects
     }
 
-    /// Those of `--object` that the image's options name.
-    private func secrets() throws(BlockError) -> [String] {
-        var result: [String] = []
-        for text in options.objects {
-            let object = try KeyValue.parse(text, impliedKey: "qom-type")
-            if case .string(let type)? = object["qom-type"], type.hasPrefix("secret") {
-                result.append(text)
-            }
-        }
-        return result
-    }
-
     // MARK: List
 
     private func listExports() throws(BlockError) {
@@ -107,13 +94,10 @@ struct ServeProgram {
 
     // MARK: Serve
 
-    private func serverOptions(
-        on thread: IOThread
-    ) async throws(BlockError) -> NBDServer.Options {
+    private func serverOptions(_ objects: StorageDaemon) throws(BlockError) -> NBDServer.Options {
         var result = NBDServer.Options()
         result.connectionCountMax = options.shared ?? 1
         result.handshakeSeconds = options.handshakeLimit ?? 10
-        let objects = try await objects(on: thread)
         if let credentials = options.tlsCredentials {
             result.credentials = try objects.tlsCredentials(credentials, for: .server)
         }
@@ -124,7 +108,7 @@ struct ServeProgram {
     }
 
     private func serve() throws(BlockError) {
-        let source = try options.source(secrets: try secrets())
+        let source = try options.source()
         let inherited = try ServiceManager.takeDescriptors().map(\.descriptor)
         guard inherited.isEmpty || !options.place.hasSocketOrAddress else {
             throw BlockError(
@@ -138,7 +122,10 @@ struct ServeProgram {
         try ToolSession.run { session throws(BlockError) in
             let ending = try EndingSignal(in: session)
             defer { ending.raise() }
-            let serverOptions = try await serverOptions(on: session.thread)
+            let objects = try await objects(on: session.thread)
+            let serverOptions = try serverOptions(objects)
+            // The image's options name them, too. Made once: what they are read from may be a pipe.
+            try objects.shareObjects(with: session.graph)
             let node = try await options.open(source, in: session)
             var bitmaps: [NBDExport.Bitmap] = []
             for name in options.bitmaps { bitmaps.append(try .init(named: name, below: node)) }

@@ -5,9 +5,8 @@ import StorageDaemon
 
 /// How `serve` opens its image.
 extension ServeOptions {
-    func source(secrets: [String]) throws(BlockError) -> ImageSource {
+    func source() throws(BlockError) -> ImageSource {
         var source = ImageSource(file ?? "", format: format, isOptions: imageOptions)
-        source.objects = secrets
         // A temporary overlay takes the writes.
         source.isWritable = isWritable && !snapshot
         source.cache = nocache ? .none : try CacheMode(named: cache ?? "writeback")

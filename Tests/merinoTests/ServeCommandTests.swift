@@ -165,6 +165,33 @@ import Testing
         }
     }
 
+    @Test func aSecretIsReadOnce() throws {
+        let place = try Workplace()
+        try EncryptedImage.qcow2.write("disk.qcow2", in: place)
+        // It ends when its client has left, or at once where the pipe is empty at a second reading.
+        let script = """
+            printf 'correct horse' | "$0" serve -r -k s --pid-file pid \
+                --object secret,id=s,file=/dev/stdin \
+                --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=disk.qcow2 &
+            while kill -0 $! && ! test -s pid; do sleep 0.02; done 2>/dev/null
+            nbdinfo --size "$1"
+            wait $!
+            """
+        let result = try place.tool("bash", "-c", script, Workplace.merino, uri(place))
+        #expect(result.status == 0 && !result.output.isEmpty, "\(result.errors)")
+    }
+
+    @Test func anImageTakesAThrottleGroupFromTheCommandLine() throws {
+        let place = try withImage()
+        try serving(
+            place, "-k", "s", "--object", "throttle-group,id=g", "--image-opts",
+            "driver=throttle,throttle-group=g,file.driver=raw,file.file.filename=a.raw"
+        ) {
+            let size = try place.tool("nbdinfo", "--size", uri(place))
+            #expect(size.output == "2097152\n", "\(size.errors)")
+        }
+    }
+
     @Test(
         "what is not there is refused by name",
         arguments: [

@@ -212,6 +212,15 @@ extension StorageDaemon {
         }
     }
 
+    /// Gives another graph of this thread the objects that options of nodes name: the same ones, not
+    /// copies of them.
+    public func shareObjects(with other: BlockGraph) throws(BlockError) {
+        for identifier in objects.keys.sorted() {
+            guard let object = graph.object(identifier) else { continue }
+            try other.addObject(object, as: identifier)
+        }
+    }
+
     /// - Throws: when there are none of that name, or they are for the other side.
     public func tlsCredentials(
         _ identifier: String, for endpoint: TLSEndpoint
