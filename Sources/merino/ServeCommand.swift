@@ -164,7 +164,10 @@ struct ServeProgram {
         }
         let device = try await connectDevice(to: server)
         try pidFile?.write()
-        if options.printsURI { StandardOutput.print(try options.place.uri() + "\n") }
+        if options.printsURI, let address = server.addresses.first {
+            let usesTLS = options.tlsCredentials != nil
+            StandardOutput.print(try options.place.uri(at: address, usesTLS: usesTLS) + "\n")
+        }
         Background.ready()
         ServiceManager.notify("READY=1\nMAINPID=\(getpid())")
         CodePages.release(after: 1, on: thread)

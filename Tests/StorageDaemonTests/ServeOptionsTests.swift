@@ -1,4 +1,5 @@
 import BlockCore
+import BlockIO
 import Testing
 
 @testable import StorageDaemon
@@ -84,6 +85,32 @@ import Testing
         } catch {
             #expect(error.description.contains(part), "\(error)")
         }
+    }
+
+    @Test(arguments: [
+        (["-r"], SocketAddress.ipv4(address: 0, port: 4321), "nbd://127.0.0.1:4321/"),
+        (
+            ["-p", "0"], SocketAddress.ipv6(address: [UInt8](repeating: 0, count: 16), port: 5),
+            "nbd://[::1]:5/"
+        ),
+        (
+            ["-b", "localhost", "-p", "0"], SocketAddress.ipv4(address: 0x7f00_0001, port: 7),
+            "nbd://localhost:7/"
+        ),
+        (["-x", "a b"], SocketAddress.unix(path: "/run/s"), "nbd+unix:///a%20b?socket=/run/s"),
+    ])
+    func theURITellsWhereTheServerListens(
+        words: [String], address: SocketAddress, uri: String
+    ) throws {
+        let place = try ServeOptions(words + ["a"]).place
+        #expect(try place.uri(at: address) == uri)
+        let secure = try place.uri(at: address, usesTLS: true)
+        #expect(secure == "nbds" + uri.dropFirst(3))
+    }
+
+    @Test func theURIOfARelativePathIsAbsolute() throws {
+        let uri = try ServeOptions(["-k", "s", "a"]).place.uri(at: .unix(path: "s"))
+        #expect(uri.hasPrefix("nbd+unix:///?socket=/") && uri.hasSuffix("/s"), "\(uri)")
     }
 
     @Test func theHelpHasARowForEachOption() {

@@ -165,6 +165,19 @@ import Testing
         }
     }
 
+    @Test(arguments: [["-k", "s"], ["-b", "127.0.0.1", "-p", "0"]])
+    func theURIThatIsPrintedWorks(options: [String]) throws {
+        let place = try withImage()
+        let script = """
+            "$0" serve --fork --print-uri --pid-file pid -r -t -f raw "$@" a.raw > uri || exit
+            (cd / && nbdinfo --size "$(cat "$OLDPWD/uri")")
+            kill "$(cat pid)"
+            while test -e pid; do sleep 0.02; done
+            """
+        let result = try place.run("/bin/bash", ["-c", script, Workplace.merino] + options)
+        #expect(result.output == "2097152\n", "\(result.errors)")
+    }
+
     @Test func aSecretIsReadOnce() throws {
         let place = try Workplace()
         try EncryptedImage.qcow2.write("disk.qcow2", in: place)

@@ -38,17 +38,27 @@ public struct ExportPlace: Sendable {
         return first
     }
 
-    /// The export's NBD URI.
-    public func uri() throws(BlockError) -> String {
-        let export = exportName ?? ""
-        if let socket {
-            return try NBDURI.text(
-                address: ["type": "unix", "path": .string(socket)], export: export)
+    /// The export's NBD URI, for clients on this machine wherever they are.
+    ///
+    /// - Parameters:
+    ///   - address: where a server listens for them.
+    ///   - usesTLS: they have to use it.
+    public func uri(
+        at address: SocketAddress, usesTLS: Bool = false
+    ) throws(BlockError) -> String {
+        let option: JSONValue
+        switch address {
+        case .unix(let path, abstract: false):
+            option = ["type": "unix", "path": .string(WorkingFolder.absolute(path))]
+        case .ipv4(_, let port), .ipv6(_, let port, _):
+            // A certificate is for the name that was given. The port may have been left to the system.
+            guard let bind, !bind.isEmpty else {
+                option = address.option
+                break
+            }
+            option = ["type": "inet", "host": .string(bind), "port": .string(String(port))]
+        case .unix, .vsock: option = ["type": "other"]
         }
-        return try NBDURI.text(
-            address: [
-                "type": "inet", "host": .string(bind ?? "0.0.0.0"),
-                "port": .string(String(portNumber)),
-            ], export: export)
+        return try NBDURI.text(address: option, export: exportName ?? "", needsTLS: usesTLS)
     }
 }
