@@ -180,7 +180,8 @@ public final class Listener: @unchecked Sendable {
     public let address: SocketAddress
     /// Of the TCP connections that come.
     public var keepAlive = KeepAlive()
-    private let unlinksOnClose: Bool
+    /// To be removed at the end. Its whole path: the process may be in another folder by then.
+    private let file: String?
     private var isClosed = false
 
     /// Listens on `address`.
@@ -195,7 +196,11 @@ public final class Listener: @unchecked Sendable {
             thread.system.close(handle)
             throw error
         }
-        unlinksOnClose = true
+        if case .unix(let path, abstract: false) = address {
+            file = WorkingFolder.absolute(path)
+        } else {
+            file = nil
+        }
     }
 
     /// Takes over a listening socket that was inherited, as in socket activation.
@@ -204,7 +209,7 @@ public final class Listener: @unchecked Sendable {
         self.handle = handle
         try thread.system.adopt(handle)
         address = try thread.system.localAddress(of: handle)
-        unlinksOnClose = false
+        file = nil
     }
 
     /// The next connection; `nil` once the listener is closed.
@@ -245,9 +250,7 @@ public final class Listener: @unchecked Sendable {
             thread.system.shutdown(handle)
             thread.system.close(handle)
         }
-        if unlinksOnClose, case .unix(let path, abstract: false) = address {
-            try? thread.system.remove(path)
-        }
+        if let file { try? thread.system.remove(file) }
     }
 }
 

@@ -11,11 +11,11 @@ import Darwin
 /// Going to the background once everything is ready (`--fork`).
 ///
 /// A Swift process has threads from early on, so that it cannot fork: it starts itself again instead,
-/// in a session of its own, and waits for word over a pipe.
+/// in a session of its own, and waits for word over a pipe. What was left open for this process is there in
+/// the new one, too, until it is ready: the image, or a passphrase, may be in `/dev/fd/9`.
 enum Background {
     /// Names the descriptor, in the new process, to say "ready" on.
     private static let variable = "MERINO_READY_DESCRIPTOR"
-    private static let readyDescriptor: Int32 = 3
     /// What a process has open is looked for below this.
     private static let descriptorsMax: Int32 = 4096
     /// `POSIX_SPAWN_SETSID` of spawn.h, which the C library declares for _GNU_SOURCE only.
@@ -35,23 +35,18 @@ enum Background {
     static func start() throws(BlockError) -> Never {
         var ends: [Int32] = [-1, -1]
         guard pipe(&ends) == 0 else { throw .system("cannot make a pipe", errno) }
-        // Nothing that was left open here is held in the background, where nobody expects it.
-        for descriptor in readyDescriptor..<descriptorsMax {
-            _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC)
-        }
+        // The other end goes on with the new process, under its number.
+        _ = fcntl(ends[0], F_SETFD, FD_CLOEXEC)
 
-        var actions = posix_spawn_file_actions_t()
-        posix_spawn_file_actions_init(&actions)
-        posix_spawn_file_actions_adddup2(&actions, ends[1], readyDescriptor)
         var attributes = posix_spawnattr_t()
         posix_spawnattr_init(&attributes)
         posix_spawnattr_setflags(&attributes, newSession)
-        setenv(variable, String(readyDescriptor), 1)
+        setenv(variable, String(ends[1]), 1)
 
         var process = pid_t()
         var arguments = CommandLine.arguments.map { strdup($0) } + [nil]
         let failure = posix_spawn(
-            &process, "/proc/self/exe", &actions, &attributes, &arguments, environ)
+            &process, "/proc/self/exe", nil, &attributes, &arguments, environ)
         guard failure == 0 else { throw .system("cannot start in the background", failure) }
         close(ends[1])
         var byte: UInt8 = 0
@@ -60,9 +55,27 @@ enum Background {
         end(count == 1 ? 0 : 1)
     }
 
-    /// In the background: lets go of the terminal and tells the process that waits.
-    static func ready() {
-        guard isChild else { return }
+    private static var readyDescriptor: Int32? {
+        getenv(variable).flatMap { Int32(String(cString: $0)) }
+    }
+
+    /// In the background: what the process was started with beside its standard streams. To be called before
+    /// it opens anything that is to stay.
+    static func inheritedDescriptors() -> [Int32] {
+        guard let ready = readyDescriptor else { return [] }
+        return (3..<descriptorsMax).filter { descriptor in
+            let flags = fcntl(descriptor, F_GETFD)
+            return flags >= 0 && flags & FD_CLOEXEC == 0 && descriptor != ready
+        }
+    }
+
+    /// In the background: lets go of the terminal, of the folder it was started in, which may be wanted for
+    /// something else, and of `inherited`, which nobody expects to be held there; then tells the process
+    /// that waits.
+    static func ready(closing inherited: [Int32]) throws(BlockError) {
+        guard let readyDescriptor else { return }
+        guard chdir("/") == 0 else { throw .system("cannot change to '/'", errno) }
+        for descriptor in inherited { close(descriptor) }
         let null = open("/dev/null", O_RDWR)
         if null >= 0 {
             for descriptor: Int32 in 0...2 { dup2(null, descriptor) }

@@ -108,6 +108,8 @@ struct ServeProgram {
     }
 
     private func serve() throws(BlockError) {
+        // Their files may be what is to be served: they are closed when that is open.
+        let left = Background.inheritedDescriptors()
         let source = try options.source()
         let inherited = try ServiceManager.takeDescriptors().map(\.descriptor)
         guard inherited.isEmpty || !options.place.hasSocketOrAddress else {
@@ -142,7 +144,7 @@ struct ServeProgram {
             }
             try server.add(export)
             if options.connect == nil { try listen(server, inherited) }
-            try await serveUntilDone(server, pidFile, ending, on: session.thread)
+            try await serveUntilDone(server, pidFile, ending, closing: left)
         }
     }
 
@@ -157,7 +159,8 @@ struct ServeProgram {
     }
 
     private func serveUntilDone(
-        _ server: NBDServer, _ pidFile: PIDFile?, _ ending: EndingSignal, on thread: IOThread
+        _ server: NBDServer, _ pidFile: PIDFile?, _ ending: EndingSignal,
+        closing left: [Int32]
     ) async throws(BlockError) {
         if !options.persistent || options.connect != nil {
             server.lastClientLeft = { ending.raise() }
@@ -168,9 +171,9 @@ struct ServeProgram {
             let usesTLS = options.tlsCredentials != nil
             StandardOutput.print(try options.place.uri(at: address, usesTLS: usesTLS) + "\n")
         }
-        Background.ready()
+        try Background.ready(closing: left)
         ServiceManager.notify("READY=1\nMAINPID=\(getpid())")
-        CodePages.release(after: 1, on: thread)
+        CodePages.release(after: 1, on: server.thread)
         await ending.wait()
         ServiceManager.notify("STOPPING=1")
         await device?.detach()

@@ -178,6 +178,33 @@ import Testing
         #expect(result.output == "2097152\n", "\(result.errors)")
     }
 
+    @Test func theImageAndItsSecretMayBeOpenDescriptors() throws {
+        let place = try withImage()
+        try EncryptedImage.qcow2.write("disk.qcow2", in: place)
+        // Both servers leave what they were given, and the folder.
+        let script = """
+            merino=$0
+            serve() { "$merino" serve --fork --pid-file pid -t -k s "$@" || exit; }
+            finish() {
+                nbdinfo --size "$uri"
+                readlink "/proc/$(cat pid)/cwd"
+                ls -l "/proc/$(cat pid)/fd" | grep -c marker
+                kill "$(cat pid)"
+                while test -e pid; do sleep 0.02; done
+                test ! -e s || echo "the socket is there"
+            }
+            uri=$1
+            exec 8> marker
+            serve -f raw /dev/fd/9 9<> a.raw
+            finish
+            serve -r --object secret,id=s,file=<(printf 'correct horse') \
+                --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=disk.qcow2
+            finish
+            """
+        let result = try place.tool("bash", "-c", script, Workplace.merino, uri(place))
+        #expect(result.output == "2097152\n/\n0\n1048576\n/\n0\n", "\(result.errors)")
+    }
+
     @Test func aSecretIsReadOnce() throws {
         let place = try Workplace()
         try EncryptedImage.qcow2.write("disk.qcow2", in: place)

@@ -97,7 +97,8 @@ extension StorageDaemon {
             try reader.finish()
             return .authorizationList(SharedAuthorizationList(list))
         case .authorizationFile:
-            let path = try reader.required("filename")
+            // It is read again when a daemon has left the folder it was started in.
+            let path = WorkingFolder.absolute(try reader.required("filename"))
             let refreshes = try reader.bool("refresh") ?? true
             try reader.finish()
             let file = try await thread.offload { () throws(BlockError) in

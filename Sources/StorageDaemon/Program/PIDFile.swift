@@ -1,4 +1,5 @@
 import BlockCore
+import BlockIO
 
 #if canImport(Glibc)
 import Glibc
@@ -17,7 +18,8 @@ public final class PIDFile: Sendable {
     ///
     /// - Throws: `busy` when another process has it.
     public init(_ path: String) throws(BlockError) {
-        self.path = path
+        // It is removed after a daemon has left the folder it was started in.
+        self.path = WorkingFolder.absolute(path)
         descriptor = open(path, O_CREAT | O_RDWR | O_CLOEXEC, 0o600)
         guard descriptor >= 0 else { throw .system("cannot open the pid file '\(path)'", errno) }
         var lock = flock()
