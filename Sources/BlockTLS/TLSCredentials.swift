@@ -79,10 +79,12 @@ public final class TLSCredentials: @unchecked Sendable {
     ///     for a certificate and checks it.
     ///   - priority: GnuTLS priority string; versions below TLS 1.2 are always off.
     ///   - keyPassword: for an encrypted private key.
+    ///   - verifiesIdentity: checks this side's own certificate as peers will.
     /// - Throws: `notFound`, `permissionDenied`, `invalidArgument`, naming the file.
     public static func x509(
         directory: String, endpoint: TLSEndpoint, verifiesPeer: Bool = true,
-        priority: String = defaultPriority, keyPassword: String? = nil
+        priority: String = defaultPriority, keyPassword: String? = nil,
+        verifiesIdentity: Bool = true
     ) throws(BlockError) -> TLSCredentials {
         let ciphers = try makePriority(priority)
         var pointer: gnutls_certificate_credentials_t?
@@ -92,8 +94,14 @@ public final class TLSCredentials: @unchecked Sendable {
         }
         let parameters: gnutls_dh_params_t?
         do throws(BlockError) {
-            try loadTrust(directory, verifiesPeer || endpoint == .client, into: pointer)
+            let hasAuthority = try loadTrust(
+                directory, verifiesPeer || endpoint == .client, into: pointer)
             try loadIdentity(directory, endpoint, keyPassword, into: pointer)
+            if verifiesIdentity {
+                try verifyIdentity(
+                    in: pointer, endpoint, path: "\(directory)/\(endpoint.rawValue)-cert.pem",
+                    hasAuthority: hasAuthority)
+            }
             parameters = try loadParameters(directory, into: pointer)
         } catch {
             gnutls_certificate_free_credentials(pointer)
@@ -105,12 +113,14 @@ public final class TLSCredentials: @unchecked Sendable {
             priority: ciphers)
     }
 
+    /// - Returns: whether there are authorities to trust.
     private static func loadTrust(
         _ directory: String, _ isNeeded: Bool,
         into credentials: gnutls_certificate_credentials_t
-    ) throws(BlockError) {
+    ) throws(BlockError) -> Bool {
         let authority = "\(directory)/ca-cert.pem"
-        if try isReadable(authority, isNeeded: isNeeded) {
+        let hasAuthority = try isReadable(authority, isNeeded: isNeeded)
+        if hasAuthority {
             let count = gnutls_certificate_set_x509_trust_file(
                 credentials, authority, GNUTLS_X509_FMT_PEM)
             guard count > 0 else { throw unusable(authority, count) }
@@ -121,6 +131,7 @@ public final class TLSCredentials: @unchecked Sendable {
                 credentials, revoked, GNUTLS_X509_FMT_PEM)
             guard count >= 0 else { throw unusable(revoked, count) }
         }
+        return hasAuthority
     }
 
     private static func loadIdentity(

@@ -303,18 +303,8 @@ public final class TLSSession: @unchecked Sendable {
     }
 
     private func verificationStatus() -> String {
-        let status = gnutls_session_get_verify_cert_status(session)
-        var text = gnutls_datum_t()
-        let result = gnutls_certificate_verification_status_print(
-            status, GNUTLS_CRT_X509, &text, 0)
-        guard result == 0, let data = text.data else { return "status \(status)" }
-        defer { free(data) }
-        let bytes = UnsafeBufferPointer(start: data, count: Int(text.size))
-        var words = String(decoding: bytes, as: UTF8.self)
-        while let last = words.last, last == " " || last == "." || last == "\0" {
-            words.removeLast()
-        }
-        return words
+        TLSCredentials.describe(
+            verification: gnutls_session_get_verify_cert_status(session))
     }
 
     /// Finds a user's key for GnuTLS, in the memory that it frees itself.

@@ -43,6 +43,13 @@
     FUNCTION(void, gnutls_certificate_free_credentials, \
         (gnutls_certificate_credentials_t sc), \
         (sc)) \
+    FUNCTION(void, gnutls_certificate_get_trust_list, \
+        (gnutls_certificate_credentials_t res, gnutls_x509_trust_list_t *tlist), \
+        (res, tlist)) \
+    FUNCTION(int, gnutls_certificate_get_x509_crt, \
+        (gnutls_certificate_credentials_t res, unsigned index, gnutls_x509_crt_t **crt_list, \
+         unsigned *crt_list_size), \
+        (res, index, crt_list, crt_list_size)) \
     FUNCTION(const gnutls_datum_t *, gnutls_certificate_get_peers, \
         (gnutls_session_t session, unsigned int *list_size), \
         (session, list_size)) \
@@ -150,7 +157,12 @@
     FUNCTION(int, gnutls_x509_crt_import, \
         (gnutls_x509_crt_t cert, const gnutls_datum_t *data, gnutls_x509_crt_fmt_t format), \
         (cert, data, format)) \
-    FUNCTION(int, gnutls_x509_crt_init, (gnutls_x509_crt_t *cert), (cert))
+    FUNCTION(int, gnutls_x509_crt_init, (gnutls_x509_crt_t *cert), (cert)) \
+    FUNCTION(int, gnutls_x509_trust_list_verify_crt2, \
+        (gnutls_x509_trust_list_t list, gnutls_x509_crt_t *cert_list, unsigned int cert_list_size, \
+         gnutls_typed_vdata_st *data, unsigned int elements, unsigned int flags, \
+         unsigned int *voutput, gnutls_verify_output_function func), \
+        (list, cert_list, cert_list_size, data, elements, flags, voutput, func))
 
 #define FUNCTION(result, name, parameters, arguments) static __typeof__(&name) real_##name;
 FUNCTIONS

@@ -71,10 +71,12 @@ final class Pair {
 
 @Suite struct TLSSessionTests {
     func x509(
-        _ endpoint: TLSEndpoint, _ name: String = "x509", verifiesPeer: Bool = true
+        _ endpoint: TLSEndpoint, _ name: String = "x509", verifiesPeer: Bool = true,
+        verifiesIdentity: Bool = true
     ) throws(BlockError) -> TLSCredentials {
         try .x509(
-            directory: TestCertificates.path(name), endpoint: endpoint, verifiesPeer: verifiesPeer)
+            directory: TestCertificates.path(name), endpoint: endpoint, verifiesPeer: verifiesPeer,
+            verifiesIdentity: verifiesIdentity)
     }
 
     func send(_ text: String, _ from: TLSSession) throws {
@@ -136,9 +138,53 @@ final class Pair {
     }
 
     @Test func anExpiredServerIsRefused() throws {
-        let pair = try Pair(x509(.server, "expired"), x509(.client), hostname: "localhost")
+        let pair = try Pair(
+            x509(.server, "expired", verifiesIdentity: false), x509(.client), hostname: "localhost")
         try pair.connect()
         #expect(pair.clientError?.message.contains("expired") == true)
+    }
+
+    /// Certificates of one set under the names of another: the file names, and those in the set "x509".
+    private func credentials(
+        _ files: [(name: String, source: String)], _ endpoint: TLSEndpoint
+    ) throws -> TLSCredentials {
+        let folder = try TemporaryFolder()
+        defer { folder.remove() }
+        for file in files {
+            try FileManager.default.copyItem(
+                atPath: TestCertificates.path(file.source), toPath: folder[file.name])
+        }
+        return try .x509(directory: folder.path, endpoint: endpoint, verifiesPeer: false)
+    }
+
+    @Test(arguments: [
+        ("expired/server", "x509/ca", "expired"), ("x509/client", "x509/ca", "purpose"),
+        ("stranger/server", "x509/ca", "issuer"),
+    ])
+    func aServerDoesNotBeginWithACertificateThatPeersRefuse(
+        identity: String, authority: String, part: String
+    ) throws {
+        do {
+            _ = try credentials(
+                [
+                    ("server-cert.pem", identity + "-cert.pem"),
+                    ("server-key.pem", identity + "-key.pem"),
+                    ("ca-cert.pem", authority + "-cert.pem"),
+                ], .server)
+            Issue.record("it was taken")
+        } catch let error as BlockError {
+            #expect(error.code == .invalidArgument)
+            #expect(error.message.contains("server-cert.pem"), "\(error)")
+            #expect(error.message.contains(part), "\(error)")
+        }
+    }
+
+    @Test func aServerWithoutAuthoritiesMayHaveACertificateOfAnybody() throws {
+        func files(_ name: String) -> [(name: String, source: String)] {
+            ["server-cert.pem", "server-key.pem"].map { ($0, "\(name)/\($0)") }
+        }
+        _ = try credentials(files("x509"), .server)
+        #expect(throws: BlockError.self) { try credentials(files("expired"), .server) }
     }
 
     @Test func aClientOfAnotherAuthorityIsRefused() throws {

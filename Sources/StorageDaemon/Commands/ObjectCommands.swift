@@ -142,8 +142,7 @@ extension StorageDaemon {
         let endpoint = try reader.enumeration("endpoint", as: TLSEndpoint.self) ?? .client
         let verifiesPeer = try reader.bool("verify-peer") ?? true
         let priority = try reader.string("priority") ?? TLSCredentials.defaultPriority
-        // Credentials are checked whenever they are loaded.
-        _ = try reader.bool("sanity-check")
+        let verifiesIdentity = try reader.bool("sanity-check") ?? true
         var password: String?
         if let identifier = try reader.string("passwordid") {
             password = String(validating: try requireSecret(identifier).array, as: UTF8.self)
@@ -153,7 +152,7 @@ extension StorageDaemon {
         return try await thread.offload { () throws(BlockError) in
             try TLSCredentials.x509(
                 directory: directory, endpoint: endpoint, verifiesPeer: verifiesPeer,
-                priority: priority, keyPassword: keyPassword)
+                priority: priority, keyPassword: keyPassword, verifiesIdentity: verifiesIdentity)
         }
     }
 
