@@ -46,6 +46,13 @@ struct ServeProgram {
             return try NetworkBlockDevice.disconnect(device)
         }
         if options.list { return try listExports() }
+        guard options.connect == nil || !ServiceManager.hasDescriptors else {
+            throw BlockError(
+                .invalidArgument,
+                "--connect has the kernel as its only client: inherited sockets (LISTEN_FDS) are of "
+                    + "no use with it",
+                remedy: "leave out --connect, or unset LISTEN_FDS")
+        }
         // A device stays when the command returns.
         if options.forks || (options.connect != nil && !options.verbose), !Background.isChild {
             guard !ServiceManager.hasDescriptors else {

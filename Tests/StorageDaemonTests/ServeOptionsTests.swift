@@ -75,6 +75,8 @@ import Testing
         (["-d"], "--disconnect needs the device"), (["-d", "x", "a"], "unexpected argument 'a'"),
         (["-d", "-L"], "exclude"),
         (["-k", "s", "-b", "x", "a"], "exclude"), (["-c", "x", "-k", "s", "a"], "--connect"),
+        (["-c", "x", "--tls-creds", "t", "a"], "--connect and --tls-creds"),
+        (["-c", "x", "--print-uri", "a"], "--connect and --print-uri"),
         (["--tls-authz", "x", "a"], "needs --tls-creds"), (["-L", "-D", "x"], "of an export"),
         (["--tls-hostname", "x", "a"], "for --list"), (["-P", "1", "a"], "--offset"),
     ])

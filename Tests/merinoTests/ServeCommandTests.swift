@@ -140,6 +140,15 @@ import Testing
         #expect(result.errors.contains("LISTEN_FDS"), "\(result.errors)")
     }
 
+    @Test(arguments: ["'-c', '/dev/nbd-none'", "'-c', '/dev/nbd-none', '-v'"])
+    func inheritedSocketsAreNoUseToADevice(options: String) throws {
+        let place = try withImage()
+        let script = Self.inheriting + "serve(\(options))"
+        let result = try place.tool("python3", "-c", script, Workplace.merino)
+        #expect(result.status == 1)
+        #expect(result.errors.contains("--connect"), "\(result.errors)")
+    }
+
     @Test func aSecondServerLeavesTheFirstOnesPidFileAlone() throws {
         let place = try withImage()
         try serving(place, "-r", "-k", "s", "-f", "raw", "a.raw") {

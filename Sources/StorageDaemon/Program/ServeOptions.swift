@@ -92,15 +92,26 @@ public struct ServeOptions: Sendable {
         if tlsHostname != nil, !list || tlsCredentials == nil {
             throw Self.wrong("--tls-hostname is for --list with --tls-creds")
         }
-        if connect != nil, place.hasSocketOrAddress {
-            throw Self.wrong("--connect and --socket, --port or --bind exclude each other")
-        }
+        if connect != nil { try validateDevice() }
         if partition != nil {
             throw BlockError(
                 .unsupported, "--partition is no option of qemu-nbd any more",
                 remedy: "serve the part of the image with --offset, or with --image-opts "
                     + "driver=raw,offset=…,size=…")
         }
+    }
+
+    /// The kernel is the only client, and speaks plaintext.
+    private func validateDevice() throws(BlockError) {
+        if place.hasSocketOrAddress {
+            throw Self.wrong("--connect and --socket, --port or --bind exclude each other")
+        }
+        if tlsCredentials != nil {
+            throw Self.wrong(
+                "--connect and --tls-creds exclude each other: the kernel reaches the image inside "
+                    + "this machine, without TLS")
+        }
+        if printsURI { throw Self.wrong("--connect and --print-uri exclude each other") }
     }
 
     private func validateMode() throws(BlockError) {
