@@ -92,9 +92,13 @@ struct ServeProgram {
                     "a Unix socket has no host name that the server's certificate could be checked for",
                     remedy: "give the name in the certificate with --tls-hostname")
             }
-            return try await NBDRemoteServer.exports(
-                at: try options.place.address(connecting: true), credentials, hostname: hostname,
-                on: session.thread)
+            let addresses = try await options.place.addresses(
+                connecting: true, on: session.thread)
+            return try await ExportPlace.atFirstReachable(addresses) {
+                address throws(BlockError) in
+                try await NBDRemoteServer.exports(
+                    at: address, credentials, hostname: hostname, on: session.thread)
+            }
         }
         StandardOutput.print(ExportListing.describe(exports))
     }
@@ -150,18 +154,22 @@ struct ServeProgram {
                 if isVerbose { StandardError.print("\(Merino.program): \(message)") }
             }
             try server.add(export)
-            if options.connect == nil { try listen(server, inherited) }
+            if options.connect == nil { try await listen(server, inherited) }
             try await serveUntilDone(server, pidFile, ending, closing: left)
         }
     }
 
-    private func listen(_ server: NBDServer, _ inherited: [Int32]) throws(BlockError) {
+    private func listen(
+        _ server: NBDServer, _ inherited: [Int32]
+    ) async throws(BlockError) {
         for descriptor in inherited {
             server.listen(
                 on: try Listener(adopting: IOHandle(descriptor), thread: server.thread))
         }
         if inherited.isEmpty {
-            server.listen(on: try Listener(on: try options.place.address(), thread: server.thread))
+            for listener in try await options.place.listen(on: server.thread) {
+                server.listen(on: listener)
+            }
         }
     }
 

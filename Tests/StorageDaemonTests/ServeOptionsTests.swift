@@ -1,5 +1,6 @@
 import BlockCore
 import BlockIO
+import Foundation
 import Testing
 
 @testable import StorageDaemon
@@ -86,6 +87,49 @@ import Testing
             Issue.record("accepted: \(words)")
         } catch {
             #expect(error.description.contains(part), "\(error)")
+        }
+    }
+
+    /// The empty name stands for an address of each family.
+    @Test func aNameIsListenedOnAtAllItsAddresses() async throws {
+        let place = try ServeOptions(["-b", "", "-p", "0", "a"]).place
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        let (found, expected) = try await thread.run {
+            () async throws(BlockError) -> (Set<SocketAddress>, Set<SocketAddress>) in
+            let named = try SocketAddress.resolve(host: "", port: 0, passive: true)
+            let listeners = try await place.listen(on: thread)
+            defer { for listener in listeners { listener.close() } }
+            // What this machine does not have, nobody can listen on.
+            var expected: Set<SocketAddress> = []
+            for address in named {
+                guard let listener = try? Listener(on: address, thread: thread) else { continue }
+                listener.close()
+                expected.insert(address)
+            }
+            return (Set(listeners.map { $0.address.with(port: 0) }), expected)
+        }
+        #expect(found == expected && !found.isEmpty)
+    }
+
+    @Test func theFirstAddressThatAnswersIsConnectedTo() async throws {
+        let addresses = (1...3).map { SocketAddress.ipv4(address: 0x7f00_0001, port: $0) }
+        let failures = [ECONNREFUSED, EADDRNOTAVAIL]
+        let found = try await ExportPlace.atFirstReachable(addresses) {
+            address throws(BlockError) -> SocketAddress in
+            guard let index = addresses.firstIndex(of: address), index < failures.count else {
+                return address
+            }
+            throw .system("cannot connect", failures[index])
+        }
+        #expect(found == addresses[2])
+        await #expect(throws: BlockError.self) {
+            try await ExportPlace.atFirstReachable(addresses) {
+                address throws(BlockError) -> SocketAddress in
+                // It was reached, and did not want the client.
+                guard address == addresses[0] else { return address }
+                throw BlockError(.permissionDenied, "it wants TLS")
+            }
         }
     }
 
