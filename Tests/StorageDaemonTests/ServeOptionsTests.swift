@@ -79,6 +79,7 @@ import Testing
         (["-c", "x", "--tls-creds", "t", "a"], "--connect and --tls-creds"),
         (["-c", "x", "--print-uri", "a"], "--connect and --print-uri"),
         (["--tls-authz", "x", "a"], "needs --tls-creds"), (["-L", "-D", "x"], "of an export"),
+        (["--selinux-label", "x", "a"], "--selinux-label is not supported"),
         (["--tls-hostname", "x", "a"], "for --list"), (["-P", "1", "a"], "--offset"),
     ])
     func whatIsWrongIsSaid(words: [String], part: String) {

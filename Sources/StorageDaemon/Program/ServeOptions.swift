@@ -51,6 +51,7 @@ public struct ServeOptions: Sendable {
     public private(set) var wantsHelp = false
     public private(set) var wantsVersion = false
     private var partition: String?
+    private var securityLabel: String?
 
     public init() {}
 
@@ -98,6 +99,13 @@ public struct ServeOptions: Sendable {
                 .unsupported, "--partition is no option of qemu-nbd any more",
                 remedy: "serve the part of the image with --offset, or with --image-opts "
                     + "driver=raw,offset=…,size=…")
+        }
+        if securityLabel != nil {
+            throw BlockError(
+                .unsupported,
+                "--selinux-label is not supported: the socket gets its label from the system",
+                remedy: "leave it out; label the process with runcon, or hand over a socket that a "
+                    + "service manager labelled (LISTEN_FDS)")
         }
     }
 
@@ -216,8 +224,9 @@ public struct ServeOptions: Sendable {
             nil, "print-uri", "Print the export's NBD URI when clients can come."
         ) { $0.printsURI = true },
         .flag(nil, "fork", "Return when ready; go on in the background.") { $0.forks = true },
-        // It is refused by its name.
+        // These are refused by their names.
         .text("P", "partition", nil) { $0.partition = $1 },
+        .text(nil, "selinux-label", nil) { $0.securityLabel = $1 },
         .flag("V", "version", "Show the version.", isLast: true) { $0.wantsVersion = true },
         .flag("h", "help", "Show help information.", isLast: true) { $0.wantsHelp = true },
     ])
