@@ -42,6 +42,22 @@ import Testing
         #expect(options.place.exportName == name && options.file == "a" && !options.readOnly)
     }
 
+    @Test(arguments: [
+        ["-k", "s", "-p", "1", "-b", "127.0.0.1", "a"], ["-b", "x", "-k", "s", "-L"],
+    ])
+    func aSocketTakesThePlaceOfAPort(words: [String]) async throws {
+        let place = try ServeOptions(words).place
+        let thread = try IOThread(name: "test")
+        defer { thread.stop() }
+        for connecting in [false, true] {
+            let addresses = try await thread.run { () async throws(BlockError) in
+                try await place.addresses(connecting: connecting, on: thread)
+            }
+            #expect(addresses == [.unix(path: "s")])
+        }
+        #expect(place.connectedHost == nil)
+    }
+
     @Test(arguments: [["--", "-r"], ["-"], [""]])
     func whatIsNoOptionIsTheFile(words: [String]) throws {
         let options = try ServeOptions(words)
@@ -75,7 +91,7 @@ import Testing
         (["-r"], "file to serve is missing"), (["-L", "a"], "--list is incompatible with a file"),
         (["-d"], "--disconnect needs the device"), (["-d", "x", "a"], "unexpected argument 'a'"),
         (["-d", "-L"], "exclude"),
-        (["-k", "s", "-b", "x", "a"], "exclude"), (["-c", "x", "-k", "s", "a"], "--connect"),
+        (["-c", "x", "-k", "s", "a"], "--connect"),
         (["-c", "x", "--tls-creds", "t", "a"], "--connect and --tls-creds"),
         (["-c", "x", "--print-uri", "a"], "--connect and --print-uri"),
         (["--tls-authz", "x", "a"], "needs --tls-creds"), (["-L", "-D", "x"], "of an export"),
@@ -166,7 +182,7 @@ import Testing
             #expect(lines.contains { "\($0) ".prefix(40).contains(" \(name) ") }, "\(name)")
         }
         #expect(lines.allSatisfy { $0.count <= 80 })
-        #expect(lines.contains("  -k, --socket <socket>   Listen on this Unix socket."))
+        #expect(lines.contains("  -t, --persistent        Go on when the last client has left."))
         #expect(!ServeOptions.help.contains("--partition"))
     }
 

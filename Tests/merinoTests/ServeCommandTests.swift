@@ -246,7 +246,7 @@ import Testing
         arguments: [
             ["--list"], ["--connect", "/dev/nbd0"],
             ["--tls-creds", "t"], ["--object", "throttle-groups,id=x"], ["--cache", "foo"],
-            ["--tls-authz", "t"], ["-p", "1", "-k", "s"], ["--shared", "-1"],
+            ["--tls-authz", "t"], ["-c", "x", "-k", "s"], ["--shared", "-1"],
         ])
     func refuses(_ options: [String]) throws {
         let place = try withImage()

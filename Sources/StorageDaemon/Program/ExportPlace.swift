@@ -14,7 +14,7 @@ import Darwin
 public struct ExportPlace: Sendable {
     private static let portStandard: UInt16 = 10809
 
-    /// The path of a Unix socket.
+    /// The path of a Unix socket, which takes the place of a port and an address.
     public var socket: String?
     /// A TCP port, from 0 to 65535.
     public var port: Int?
@@ -106,7 +106,7 @@ public struct ExportPlace: Sendable {
             option = ["type": "unix", "path": .string(WorkingFolder.absolute(path))]
         case .ipv4(_, let port), .ipv6(_, let port, _):
             // A certificate is for the name that was given. The port may have been left to the system.
-            guard let bind, !bind.isEmpty else {
+            guard let bind, !bind.isEmpty, socket == nil else {
                 option = address.option
                 break
             }

@@ -80,9 +80,6 @@ public struct ServeOptions: Sendable {
         guard shared ?? 0 >= 0, handshakeLimit ?? 0 >= 0 else {
             throw Self.wrong("--shared and --handshake-limit cannot be negative")
         }
-        if place.socket != nil, place.hasAddress {
-            throw Self.wrong("--socket and --port or --bind exclude each other")
-        }
         if tlsAuthorization != nil, tlsCredentials == nil {
             throw Self.wrong("--tls-authz needs --tls-creds")
         }
@@ -189,7 +186,9 @@ public struct ServeOptions: Sendable {
             "l", "load-snapshot",
             "Serve this snapshot inside the image: snapshot.id=…, snapshot.name=…, or either."
         ) { $0.loadSnapshot = $1 },
-        .text("k", "socket", "Listen on this Unix socket.") { $0.place.socket = $1 },
+        .text(
+            "k", "socket", "Listen on this Unix socket; --port and --bind count for nothing then."
+        ) { $0.place.socket = $1 },
         .number("p", "port", "Listen on this TCP port.", in: 0...65535) { $0.place.port = $1 },
         .text("b", "bind", "Listen on this address.") { $0.place.bind = $1 },
         .text("x", "export-name", "The export's name.") { $0.place.exportName = $1 },
