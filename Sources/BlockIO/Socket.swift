@@ -203,6 +203,27 @@ public final class Listener: @unchecked Sendable {
         }
     }
 
+    private static let attemptCountMax = 10
+    private static let attemptNanoseconds: UInt64 = 20_000_000
+
+    /// Listens on `address`, and waits a little while it is in use: what a process that was killed had under
+    /// way in the kernel, its listening sockets with it, may outlive it by some milliseconds.
+    ///
+    /// - Throws: `busy` when the address stays in use.
+    public static func listening(
+        on address: SocketAddress, thread: IOThread
+    ) async throws(BlockError) -> Listener {
+        for _ in 1..<attemptCountMax {
+            do throws(BlockError) {
+                return try Listener(on: address, thread: thread)
+            } catch {
+                guard error.systemError == EADDRINUSE else { throw error }
+            }
+            await thread.sleep(nanoseconds: attemptNanoseconds)
+        }
+        return try Listener(on: address, thread: thread)
+    }
+
     /// Takes over a listening socket that was inherited, as in socket activation.
     public init(adopting handle: IOHandle, thread: IOThread) throws(BlockError) {
         self.thread = thread

@@ -71,7 +71,8 @@ struct SocketAddressOption {
     func listen(on thread: IOThread) async throws(BlockError) -> [Listener] {
         let reader = try OptionReader(value, of: "the socket address")
         switch try reader.required("type") {
-        case "unix": return [try Listener(on: try unix(reader), thread: thread)]
+        case "unix":
+            return [try await Listener.listening(on: try unix(reader), thread: thread)]
         case "inet": return try await listenInternet(reader, thread)
         case "vsock": return [try Listener(on: try vsock(reader), thread: thread)]
         case "fd":
@@ -122,8 +123,12 @@ struct SocketAddressOption {
             var listeners: [Listener] = []
             do throws(BlockError) {
                 for address in addresses {
-                    let listener = try Listener(
-                        on: address.with(port: candidate), thread: thread)
+                    let address = address.with(port: candidate)
+                    // With several ports to choose from, the next one is there at once.
+                    let listener =
+                        port == end
+                        ? try await Listener.listening(on: address, thread: thread)
+                        : try Listener(on: address, thread: thread)
                     listener.keepAlive = internet.keepAlive
                     listeners.append(listener)
                 }

@@ -59,7 +59,7 @@ public struct ExportPlace: Sendable {
             let address = listeners.first?.address.port.map { address.with(port: $0) } ?? address
             if listeners.contains(where: { $0.address == address }) { continue }
             do throws(BlockError) {
-                listeners.append(try Listener(on: address, thread: thread))
+                listeners.append(try await Listener.listening(on: address, thread: thread))
             } catch {
                 guard [EADDRNOTAVAIL, EAFNOSUPPORT].contains(error.systemError) else {
                     for listener in listeners { listener.close() }
