@@ -141,7 +141,7 @@ struct ServeProgram {
             try objects.shareObjects(with: session.graph)
             let node = try await options.open(source, in: session)
             var bitmaps: [NBDExport.Bitmap] = []
-            for name in options.bitmaps { bitmaps.append(try .init(named: name, below: node)) }
+            for name in options.bitmaps { bitmaps.append(try bitmap(name, below: node)) }
             for found in bitmaps { await found.bitmap.load() }
             let export = try NBDExport(
                 name: options.place.exportName ?? "", description: options.description ?? "",
@@ -149,13 +149,28 @@ struct ServeProgram {
                 allocationDepth: options.allocationDepth, bitmaps: bitmaps)
             export.edge?.isWriteThrough = source.cache.isWriteThrough
             node.release("command")
-            let isVerbose = options.verbose
+            // Who was turned away is always told: a wrong certificate, say, is looked for at both ends.
             let server = NBDServer(on: session.thread, serverOptions) { message in
-                if isVerbose { StandardError.print("\(Merino.program): \(message)") }
+                StandardError.print("\(Merino.program): \(message)")
             }
             try server.add(export)
             if options.connect == nil { try await listen(server, inherited) }
             try await serveUntilDone(server, pidFile, ending, closing: left)
+        }
+    }
+
+    private func bitmap(
+        _ name: String, below node: BlockNode
+    ) throws(BlockError) -> NBDExport.Bitmap {
+        do throws(BlockError) {
+            return try .init(named: name, below: node)
+        } catch {
+            guard error.code == .notFound else { throw error }
+            throw BlockError(
+                .notFound,
+                "neither '\(node.driver.filename)' nor an image below it has a dirty bitmap "
+                    + "'\(name)'",
+                remedy: "'merino info' lists those in an image")
         }
     }
 

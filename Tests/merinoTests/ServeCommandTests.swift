@@ -214,6 +214,40 @@ import Testing
         #expect(result.output == "2097152\n/\n0\n1048576\n/\n0\n", "\(result.errors)")
     }
 
+    @Test(arguments: [
+        (["--offset=17M"], ["17825792", "'a.raw'", "2097152"]),
+        (["-B", "backup"], ["'a.raw'", "'backup'"]), (["--tls-creds", "t"], ["--object", "id=t"]),
+    ])
+    func whatIsMissingIsNamed(options: [String], parts: [String]) throws {
+        let place = try withImage()
+        let result = try place.run(
+            Workplace.merino, ["serve", "-k", "s", "-f", "raw"] + options + ["a.raw"])
+        #expect(result.status == 1)
+        for part in parts { #expect(result.errors.contains(part), "\(result.errors)") }
+    }
+
+    @Test func clientsThatAreTurnedAwayAreToldOf() throws {
+        let place = try withImage()
+        let key = String(repeating: "a1", count: 16)
+        try "alice:\(key)\n".write(
+            toFile: "\(place.folder)/keys.psk", atomically: false, encoding: .utf8)
+        // A user whom the server's keys do not name. The server ends by itself or by the signal.
+        let script = """
+            mkdir other
+            printf 'bob:%032d\\n' 7 > other/keys.psk
+            "$0" serve -t -k s --pid-file pid -f raw --tls-creds t \
+                --object "tls-creds-psk,id=t,endpoint=server,dir=$PWD" a.raw 2> errors &
+            while kill -0 $! && ! test -s pid; do sleep 0.02; done 2>/dev/null
+            nbdinfo --size "nbds+unix://bob@/?socket=$PWD/s&tls-psk-file=$PWD/other/keys.psk"
+            for i in $(seq 500); do test -s errors && break; sleep 0.02; done
+            kill $!
+            wait $!
+            cat errors
+            """
+        let result = try place.tool("bash", "-c", script, Workplace.merino)
+        #expect(result.output.contains("client"), "\(result.output)\(result.errors)")
+    }
+
     @Test func aSecretIsReadOnce() throws {
         let place = try Workplace()
         try EncryptedImage.qcow2.write("disk.qcow2", in: place)

@@ -54,10 +54,11 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
 
         func check(against file: Edge) throws(BlockError) {
             guard let end = offset.adding(size ?? 0), end <= file.size else {
+                let part = size.map { "the part of \($0) bytes from \(offset) on reaches" }
                 throw BlockError(
                     .invalidArgument,
-                    "the window at \(offset) of \(size ?? 0) bytes reaches past the end of "
-                        + "'\(file.node.name)' at \(file.size)")
+                    "\(part ?? "the offset \(offset) is") past the end of "
+                        + "'\(file.node.driver.filename)', which has \(file.size) bytes")
             }
         }
 

@@ -130,7 +130,8 @@ extension StorageDaemon {
     private func requireSecret(_ identifier: String) throws(BlockError) -> SecretBytes {
         guard case .secret(let bytes)? = objects[identifier] else {
             throw BlockError(
-                .notFound, "there is no secret '\(identifier)'", remedy: "object-add makes one")
+                .notFound, "there is no secret '\(identifier)'",
+                remedy: "add one before: --object secret,id=\(identifier),file=…, or object-add")
         }
         return bytes
     }
@@ -228,7 +229,7 @@ extension StorageDaemon {
         guard case .credentials(let credentials)? = objects[identifier] else {
             throw BlockError(
                 .notFound, "there are no TLS credentials '\(identifier)'",
-                remedy: "object-add makes them")
+                remedy: "add them: --object tls-creds-x509,id=\(identifier),…, or object-add")
         }
         guard credentials.endpoint == endpoint else {
             throw BlockError(
@@ -249,7 +250,7 @@ extension StorageDaemon {
         default:
             throw BlockError(
                 .notFound, "there is no authorization object '\(identifier)'",
-                remedy: "object-add with qom-type=authz-simple or authz-list makes one")
+                remedy: "add one: --object authz-list,id=\(identifier),…, or object-add")
         }
     }
 }

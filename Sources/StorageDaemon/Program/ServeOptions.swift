@@ -197,7 +197,9 @@ public struct ServeOptions: Sendable {
             "e", "shared", "Clients at a time; 0 for no limit. (default: 1)"
         ) { $0.shared = $1 },
         .flag("t", "persistent", "Go on when the last client has left.") { $0.persistent = true },
-        .flag("v", "verbose", "Say what happens.") { $0.verbose = true },
+        .flag("v", "verbose", "Say more of what happens; with --connect, stay in the foreground.") {
+            $0.verbose = true
+        },
         .number(
             nil, "handshake-limit", "Seconds a client may take to negotiate. (default: 10)"
         ) { $0.handshakeLimit = $1 },
