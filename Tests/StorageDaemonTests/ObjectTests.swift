@@ -100,6 +100,26 @@ import Testing
         }
     }
 
+    @Test func aCertificateThatPeersRefuseIsTakenWithoutSanityCheckOnly() async throws {
+        func credentials(_ more: JSONObject) -> JSONValue {
+            var options: JSONObject = [
+                "qom-type": "tls-creds-x509", "id": "t", "endpoint": "server",
+                "dir": .string(TestCertificates.path("expired")),
+            ]
+            for (key, value) in more.members { options[key] = value }
+            return .object(options)
+        }
+        for more: JSONObject in [[:], ["sanity-check": true]] {
+            do {
+                _ = try await objects([credentials(more)])
+                Issue.record("it was taken")
+            } catch let error as BlockError {
+                #expect(error.description.contains("uses expired"), "\(error)")
+            }
+        }
+        #expect(try await objects([credentials(["sanity-check": false])]).count == 1)
+    }
+
     // MARK: Authorization
 
     @Test(arguments: [
