@@ -101,7 +101,7 @@ let package = Package(
 
         tests("BlockCore", ["BlockTesting"]),
         tests("QMP", ["BlockTesting"]),
-        tests("BlockIO", ["CBlockTesting"]),
+        tests("BlockIO", ["BlockTesting", "CBlockTesting"]),
         tests("NBDProtocol", ["BlockTesting"]),
         tests("BlockGraph", ["BlockTesting"]),
         tests("BlockProtocols", ["BlockTesting"]),
