@@ -91,6 +91,8 @@ extension BlockNode {
             isAligned ? range : (range.aligned(to: limits.requestAlignment) ?? range)
         let request = try await begin(
             tracked, serialising: !isAligned || flags.contains(.serialising), end: range.end)
+        let synchronisation = flags.contains(.fua) ? beginSynchronisation() : nil
+        defer { if let synchronisation { synchronisations.end(synchronisation) } }
         do throws(BlockError) {
             if isAligned, vector.count <= limits.transferMax,
                 vector.isAligned(to: limits.memoryAlignment),
@@ -140,6 +142,12 @@ extension BlockNode {
         rememberFlushFailure(error)
     }
 
+    /// A durable change that the driver itself makes durable is under way; `nil` where nobody minds.
+    private func beginSynchronisation() -> Int? {
+        driver.supportsFUA && (description.kind == .storage || driver.simulatesStorage)
+            ? synchronisations.begin() : nil
+    }
+
     /// Whether a failure of the node to make something durable is one of storage.
     private var isLoss: Bool {
         description.kind == .storage || driver.simulatesStorage || hasLossBelow
@@ -148,8 +156,10 @@ extension BlockNode {
     private var hasLossBelow: Bool { nodesBelow.contains { $0.flushFailure != nil } }
 
     private func rememberFlushFailure(_ error: BlockError) {
+        // Told once, by however many nodes it passes.
+        let words = "an earlier flush failed: "
         flushFailure = BlockError(
-            error.code, "an earlier flush failed: \(error.message)",
+            error.code, error.message.hasPrefix(words) ? error.message : words + error.message,
             remedy: "what was written since the last good flush may be lost: check it, then "
                 + "close and open the image again", node: error.node ?? name,
             systemError: error.systemError)
@@ -270,6 +280,8 @@ extension BlockNode {
         // Zeroes give space back only where discards may.
         if !options.discards { passed.remove(.mayUnmap) }
 
+        let synchronisation = flags.contains(.fua) ? beginSynchronisation() : nil
+        defer { if let synchronisation { synchronisations.end(synchronisation) } }
         do throws(BlockError) {
             try await zeroParts(range, passed)
         } catch {
@@ -357,13 +369,19 @@ extension BlockNode {
         if options.ignoresFlush && description.kind == .storage { return }
         // What is written from here on needs another one.
         changedSinceFlush = false
+        let synchronisation = synchronisations.begin()
         do throws(BlockError) {
             try await driver.flush()
         } catch {
             if isLoss { rememberFlushFailure(error) }
             changedSinceFlush = true
+            synchronisations.end(synchronisation)
             throw error
         }
+        synchronisations.end(synchronisation)
+        guard description.kind == .storage || driver.simulatesStorage else { return }
+        await synchronisations.untilOthersEnd()
+        try checkFlushes()
     }
 
     /// Makes durable what nobody flushed, and tells of a flush that failed, which its user may not have

@@ -112,6 +112,35 @@ import Glibc
         #expect(codes == Array(repeating: expected, count: 4))
     }
 
+    /// The system tells one of those that ask at the same time: the other one must not promise anything.
+    @Test(arguments: [false, true]) func aLossToldToOneIsToldToAFlushBesideIt(
+        isWrite: Bool
+    ) async throws {
+        let simulation = Simulation(seed: 1, .calm)
+        simulation.disk.addFile("/a", size: Self.size)
+        let codes = try await SimulatedGraph.with(simulation) { setup throws(BlockError) in
+            try await setup.open([
+                "driver": "raw", "node-name": "disk",
+                "file": ["driver": "file", "filename": "/a"],
+            ])
+            let edge = try setup.use("disk")
+            try await setup.write(edge, 0, 65536, 1)
+            simulation.faults = [
+                FaultRule(isWrite ? .write : .synchronize, path: "/a", .fail(EIO), times: 1)
+            ]
+            let flush: SimulatedGraph.Work = { () throws(BlockError) in try await edge.flush() }
+            let write: SimulatedGraph.Work = { () throws(BlockError) in
+                try await Self.durableWrite(edge)
+            }
+            let codes = await setup.together([isWrite ? write : flush, flush]).map(\.code)
+            try await setup.leave(edge)
+            let node = try setup.graph.requireNode(named: "disk")
+            _ = await Self.code { () throws(BlockError) in try await setup.graph.remove(node) }
+            return codes
+        }
+        #expect(codes == [.inputOutput, .inputOutput])
+    }
+
     @Test func aDurableWriteThatFindsNoSpaceForItselfLeavesFlushesAlone() async throws {
         let simulation = Simulation(seed: 1, .calm)
         simulation.disk.addFile("/a", size: Self.size)
