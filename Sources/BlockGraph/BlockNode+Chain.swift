@@ -90,6 +90,9 @@ extension BlockNode {
         }
     }
 
+    /// Whether the node, or what its filters stand above, shows data of a backing image.
+    public var hasLayersBelow: Bool { withoutFilters.backing != nil }
+
     /// Filters are no layers.
     private var withoutFilters: BlockNode {
         var node = self

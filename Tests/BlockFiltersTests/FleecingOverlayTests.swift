@@ -48,6 +48,77 @@ import Testing
         #expect(!flags.contains(.zero))
     }
 
+    /// A target above the disk itself shows the disk's zeroes as long as they are there.
+    @Test func zeroesThatTheTargetShowsOfTheDiskAreCopied() async throws {
+        let simulation = Simulation(seed: 1)
+        for path in ["/disk", "/temp"] { simulation.disk.addFile(path, size: 0) }
+        let seen = try await SimulatedGraph.with(simulation) {
+            setup throws(BlockError) -> [Set<UInt8>] in
+            func image(_ path: String) -> JSONValue {
+                ["driver": "file", "filename": .string(path)]
+            }
+            for path in ["/disk", "/temp"] {
+                try await setup.createQCOW2(path, size: 1 << 20)
+            }
+            try await setup.open(
+                ["driver": "qcow2", "node-name": "disk", "file": image("/disk")])
+            try await setup.open([
+                "driver": "qcow2", "node-name": "temp", "file": image("/temp"), "backing": "disk",
+            ])
+            try await setup.open([
+                "driver": "copy-before-write", "node-name": "cbw", "file": "disk",
+                "target": "temp",
+            ])
+            try await setup.open(
+                ["driver": "snapshot-access", "node-name": "snap", "file": "cbw"])
+            let guest = try setup.use("cbw")
+            try await setup.write(guest, 70_000, 1000, 7)
+            return [
+                try await setup.read(guest, 70_000, 1000),
+                try await setup.read(try setup.use("snap", .consistentRead), 70_000, 1000),
+            ]
+        }
+        #expect(seen == [[7], [0]])
+    }
+
+    /// A raw disk inside an image shows the data of that image's backing image as its own.
+    @Test func aLongChangeKeepsDataThatIsBelowARawDisk() async throws {
+        let size = 4 << 20
+        let simulation = Simulation(seed: 1)
+        simulation.disk.addFile("/base", bytes: [UInt8](repeating: 0xaa, count: size))
+        for path in ["/disk", "/temp"] { simulation.disk.addFile(path, size: 0) }
+        let (flags, seen) = try await SimulatedGraph.with(simulation) {
+            setup throws(BlockError) -> (ExtentFlags, Set<UInt8>) in
+            try await setup.createQCOW2("/disk", size: size)
+            try await setup.createQCOW2("/temp", size: size)
+            func image(_ path: String) -> JSONValue {
+                ["driver": "file", "filename": .string(path)]
+            }
+            try await setup.open([
+                "driver": "raw", "node-name": "disk",
+                "file": [
+                    "driver": "qcow2", "file": image("/disk"),
+                    "backing": ["driver": "raw", "read-only": true, "file": image("/base")],
+                ],
+            ])
+            try await setup.open(
+                ["driver": "qcow2", "node-name": "temp", "file": image("/temp")])
+            try await setup.open([
+                "driver": "copy-before-write", "node-name": "cbw", "file": "disk",
+                "target": "temp",
+            ])
+            try await setup.open(
+                ["driver": "snapshot-access", "node-name": "snap", "file": "cbw"])
+            let guest = try setup.use("cbw")
+            let flags = try await guest.chainStatus(ByteRange(0, size)).flags
+            try await guest.writeZeroes(ByteRange(0, size))
+            let snapshot = try setup.use("snap", .consistentRead)
+            return (flags, try await setup.read(snapshot, 0, size))
+        }
+        #expect(flags.contains(.data) && !flags.contains(.zero))
+        #expect(seen == [0xaa])
+    }
+
     private static func createOverlay(
         _ path: String, size: Int, _ graph: BlockGraph
     ) async throws(BlockError) {

@@ -41,6 +41,8 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
     public let child: Edge
     let target: Edge
     let clusterSize: Int
+    /// The target's image names a backing file, which may have been left out.
+    private var targetNamesBacking = true
     private var onError: OnError
     private var timeoutNanoseconds: UInt64
 
@@ -107,11 +109,13 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
                     + "'\(child.node.name)' (\(child.size) bytes)",
                 remedy: "make the target at least as large as the disk")
         }
-        let targetCluster = try await target.node.driver.information.clusterSize
-        let clusterSize = max(Self.clusterSizeMin, max(clusterSizeMin, targetCluster))
+        let targetInformation = try await target.node.driver.information
+        let clusterSize = max(
+            Self.clusterSizeMin, max(clusterSizeMin, targetInformation.clusterSize))
         let filter = try CopyBeforeWrite(
             node: opening.node, child: child, target: target, clusterSize: clusterSize,
             onError: onError, timeoutNanoseconds: timeout)
+        filter.targetNamesBacking = targetInformation.backingName != nil
         if let bitmap = try options.value("bitmap") {
             try await filter.restrict(to: bitmap, opening)
         }
@@ -436,9 +440,15 @@ public final class CopyBeforeWrite: FilterDriver, SnapshotSource, @unchecked Sen
         copiedBytes += range.count
     }
 
+    /// Whether an image's zeroes are its own. What it shows of a backing image may change: that may be the disk.
+    private func isOnItsOwn(_ image: BlockNode) -> Bool {
+        !targetNamesBacking && image.backing == nil && image.description.supportsBacking
+    }
+
     /// Notes zeroes in the target, where it does not have them anyway: a fresh image then needs no tables for them.
     private func zeroTarget(_ range: ByteRange) async throws(BlockError) {
-        if let status = try? await target.chainStatus(range, precise: false),
+        if isOnItsOwn(target.node),
+            let status = try? await target.chainStatus(range, precise: false),
             status.flags.contains(.zero), status.count >= range.count
         {
             return

@@ -179,8 +179,14 @@ public final class RawDriver: BlockDriver, @unchecked Sendable {
     public func blockStatus(
         _ range: ByteRange, precise: Bool, into answer: BlockStatusList
     ) async throws(BlockError) {
-        try await file.forwardStatus(
-            ByteRange(offset + range.offset, range.count), precise: precise, into: answer)
+        let inFile = ByteRange(offset + range.offset, range.count)
+        guard inFile.offset < file.size, file.node.hasLayersBelow else {
+            return try await file.forwardStatus(inFile, precise: precise, into: answer)
+        }
+        // What an image shows of its backing image are bytes of this disk, which has no layers.
+        try await file.chainStatus(
+            ByteRange(inFile.offset, min(inFile.count, file.size - inFile.offset)),
+            precise: precise, into: answer)
     }
 
     public func resize(to size: Int, _ preallocation: Preallocation) async throws(BlockError) {
