@@ -33,6 +33,7 @@ enum Background {
     /// - Throws: when the new process cannot be started. When it ends before it is ready, this one
     ///   ends with exit code 1: the other has said why.
     static func start() throws(BlockError) -> Never {
+        fillStandardStreams()
         var ends: [Int32] = [-1, -1]
         guard pipe(&ends) == 0 else { throw .system("cannot make a pipe", errno) }
         // The other end goes on with the new process, under its number.
@@ -53,6 +54,17 @@ enum Background {
         var count = 0
         repeat { count = read(ends[0], &byte, 1) } while count < 0 && errno == EINTR
         end(count == 1 ? 0 : 1)
+    }
+
+    /// Whatever is opened next would get the number of a standard stream that is closed, and be taken for it.
+    private static func fillStandardStreams() {
+        while true {
+            let null = open("/dev/null", O_RDWR)
+            guard null >= 0, null <= 2 else {
+                if null > 2 { close(null) }
+                return
+            }
+        }
     }
 
     private static var readyDescriptor: Int32? {

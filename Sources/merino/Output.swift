@@ -50,4 +50,13 @@ enum StandardError {
         let line = message + "\n"
         _ = line.withCString { write(2, $0, strlen($0)) }
     }
+
+    /// What a server tells beside its work: it does not wait for whoever reads, and where nobody does, the
+    /// notice is lost.
+    static func note(_ message: String) {
+        // A pipe that is writable takes a line, which is short, whole.
+        var stream = pollfd(fd: 2, events: Int16(POLLOUT), revents: 0)
+        guard poll(&stream, 1, 0) == 1 else { return }
+        print(message)
+    }
 }

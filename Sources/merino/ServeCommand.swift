@@ -151,7 +151,7 @@ struct ServeProgram {
             node.release("command")
             // Who was turned away is always told: a wrong certificate, say, is looked for at both ends.
             let server = NBDServer(on: session.thread, serverOptions) { message in
-                StandardError.print("\(Merino.program): \(message)")
+                StandardError.note("\(Merino.program): \(message)")
             }
             try server.add(export)
             if options.connect == nil { try await listen(server, inherited) }

@@ -42,6 +42,24 @@ import Testing
         #expect(!FileManager.default.fileExists(atPath: "\(place.folder)/s"))
     }
 
+    /// As services are started that are to read and write nothing: what is opened does not take their numbers.
+    @Test func forkWithoutStandardStreams() throws {
+        let place = try withImage()
+        let script = """
+            serve() { "$0" serve --fork --pid-file pid -t -f raw -k "$@" a.raw; }
+            serve s <&- >&- || exit
+            serve other 2> refused
+            echo $?
+            nbdinfo --size "$1"
+            process=$(cat pid)
+            kill "$process"
+            while kill -0 "$process" 2> /dev/null; do sleep 0.01; done
+            """
+        let result = try place.tool(
+            "timeout", "30", "sh", "-c", script, Workplace.merino, uri(place))
+        #expect(result.output == "1\n2097152\n", "\(result.errors)")
+    }
+
     @Test func forkFailsWhereTheImageCannotBeOpened() throws {
         let place = try Workplace()
         let result = try place.merino("serve", "--fork", "-k", "s", "-f", "raw", "none.raw")
@@ -130,6 +148,37 @@ import Testing
         let result = try place.tool("python3", "-c", script, Workplace.merino, uri(place))
         #expect(result.output == "2097152\n", "\(result.errors)")
         #expect(result.status == 0, "\(result.errors)")
+    }
+
+    /// A server whose notices nobody reads goes on, and ends when it is told to.
+    @Test func noticesThatNobodyReadsHoldNobodyUp() throws {
+        let place = try withImage()
+        let script = """
+            import os, signal, socket, subprocess, sys, time
+            reading, writing = os.pipe()
+            os.set_blocking(writing, False)
+            try:
+                while True: os.write(writing, b"x" * 4096)
+            except BlockingIOError: pass
+            os.set_blocking(writing, True)
+            server = subprocess.Popen(
+                [sys.argv[1], "serve", "-t", "-v", "-k", "s", "-f", "raw", "a.raw"], stderr=writing)
+            while not os.path.exists("s"): time.sleep(0.01)
+            for _ in range(3):
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect("s")
+                    client.sendall(b"GET / HTTP/1.1" + bytes(8))
+                    while client.recv(4096): pass
+            try:
+                size = ["nbdinfo", "--size", sys.argv[2]]
+                print(subprocess.run(size, timeout=20, capture_output=True, text=True).stdout, end="")
+                server.send_signal(signal.SIGTERM)
+                server.wait(20)
+                print("ended")
+            finally: server.kill()
+            """
+        let result = try place.tool("python3", "-c", script, Workplace.merino, uri(place))
+        #expect(result.output == "2097152\nended\n", "\(result.errors)")
     }
 
     @Test func inheritedSocketsAreNotServedFromTheBackground() throws {
