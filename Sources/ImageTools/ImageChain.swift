@@ -128,7 +128,7 @@ struct ImageChain {
                 remedy: "give options of it, as in backing.file.filename=…")
         case nil:
             guard !layer.isUntrusted, let path = info.backingPath else { return nil }
-            below = ImageSource(path, format: info.backingFormat)
+            below = ImageSource(path, formatInHeader: info.backingFormat)
             isNamed = true
         }
         below.cache = layer.cache

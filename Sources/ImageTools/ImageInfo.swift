@@ -80,7 +80,7 @@ public struct ImageInfo: Sendable {
                 below = ImageSource(JSONValue.object(options).text(), isOptions: true)
             } else {
                 guard let path = info.backingPath else { break }
-                below = ImageSource(path, format: info.backingFormat)
+                below = ImageSource(path, formatInHeader: info.backingFormat)
             }
             try above.add(source)
             below.sharesAll = source.sharesAll

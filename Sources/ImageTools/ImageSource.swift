@@ -49,6 +49,14 @@ public struct ImageSource: Sendable {
         self.format = format
         self.isOptions = isOptions
     }
+
+    /// What an image's header says of the one below: the options in a `json:` name count, not the format beside
+    /// it, as where the image is opened.
+    init(_ name: String, formatInHeader format: String?) {
+        var format = format
+        if case .json = ImageName.kind(name) { format = nil }
+        self.init(name, format: format)
+    }
 }
 
 extension ImageSource {
