@@ -103,7 +103,9 @@ public struct FleeceSession: Sendable {
             try await makeTemporary(in: file, size, options, &steps)
             try await freeze(options, &steps)
         } catch {
-            guard await undo(steps) else {
+            // What a daemon was told that did not answer may have been done all the same.
+            let isLost = error.code == .disconnected || error.code == .timedOut
+            guard await undo(steps), !isLost else {
                 throw BlockError(
                     error.code, error.message,
                     remedy:
