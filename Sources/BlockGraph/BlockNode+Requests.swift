@@ -144,8 +144,7 @@ extension BlockNode {
 
     /// A durable change that the driver itself makes durable is under way; `nil` where nobody minds.
     private func beginSynchronisation() -> Int? {
-        driver.supportsFUA && (description.kind == .storage || driver.simulatesStorage)
-            ? synchronisations.begin() : nil
+        driver.supportsFUA && description.kind == .storage ? synchronisations.begin() : nil
     }
 
     /// Whether a failure of the node to make something durable is one of storage.
@@ -379,7 +378,7 @@ extension BlockNode {
             throw error
         }
         synchronisations.end(synchronisation)
-        guard description.kind == .storage || driver.simulatesStorage else { return }
+        guard description.kind == .storage else { return }
         await synchronisations.untilOthersEnd()
         try checkFlushes()
     }
