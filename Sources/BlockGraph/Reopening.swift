@@ -97,7 +97,7 @@ private struct ReopeningPlan {
                     remedy: "give '\(edge.node.name)' to keep it, or null to do without",
                     node: node.name)
             }
-            if edge.node.openedFor === edge { try follow(edge, edge.node.openedWith, step) }
+            if edge.node.openedFor === edge { try follow(edge, edge.node.presentOptions, step) }
         }
     }
 
@@ -118,7 +118,7 @@ private struct ReopeningPlan {
             if node !== edge.node {
                 step.childChanges.append(.replace(edge, node))
             } else if node.openedFor === edge {
-                try follow(edge, node.openedWith, step)
+                try follow(edge, node.presentOptions, step)
             }
         case (.string(let name), nil):
             step.childChanges.append(

@@ -132,6 +132,31 @@ extension BlockGraph {
         }
     }
 
+    /// Images below that were opened by the names in those above them stay as they are.
+    @Test func aChainIsReopenedByItsTop() async throws {
+        let folder = try ReopeningFolder()
+        try folder.image("base", "-f", "qcow2")
+        try folder.run("qemu-io", "-c", "write -P 3 0 4k", "$/base")
+        try folder.image("low", "-f", "qcow2", "-b", "base", "-F", "qcow2")
+        try folder.image("middle", "-f", "qcow2", "-b", "low", "-F", "qcow2")
+        try folder.image("top", "-f", "qcow2", "-b", "middle", "-F", "qcow2")
+        try await folder.graph { graph throws(BlockError) in
+            _ = try await graph.open(folder.qcow2("top"), monitorOwned: true)
+            guard let backing = try graph.requireNode(named: "top").backing?.node.name else {
+                throw BlockError(.notFound, "no backing image")
+            }
+            for isReadOnly in [true, false, true] {
+                let options: JSONObject = [
+                    "backing": .string(backing), "read-only": .bool(isReadOnly),
+                ]
+                try await graph.reopen([folder.qcow2("top", options)])
+                #expect(try graph.requireNode(named: "top").isReadOnly == isReadOnly)
+                #expect(try await graph.byte("top") == 3)
+            }
+            #expect(try graph.requireNode(named: backing).isReadOnly)
+        }
+    }
+
     @Test func locksFollowTheMode() async throws {
         let folder = try ReopeningFolder()
         try folder.image("a", "-f", "raw")
