@@ -83,7 +83,7 @@ import Testing
                 "blockdev-snapshot-delete-internal-sync", ["device": "disk", "id": "1"])
             #expect(refusal.contains("node 'view'"), "\(refusal)")
             try io(daemon, "view", "read -P 1 0 2M", "read -P 0 2M 2M")
-            try client.execute("block-export-del", ["id": "view"])
+            try client.execute("block-export-del", ["id": "view", "mode": "hard"])
             try client.execute("blockdev-del", ["node-name": "view"])
             try client.execute(
                 "blockdev-snapshot-delete-internal-sync", ["device": "disk", "id": "1"])

@@ -221,10 +221,14 @@ import Testing
                 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
             server = subprocess.Popen([sys.argv[1], "serve", "-t", "-e", "0", "-f", "raw",
                 "-k", "s", "disk"], preexec_fn=limit)
+            # The file is there before the server listens.
             for _ in range(6000):
-                if os.path.exists("s"):
+                try:
+                    with socket.socket(socket.AF_UNIX) as probe:
+                        probe.connect("s")
                     break
-                time.sleep(0.01)
+                except OSError:
+                    time.sleep(0.01)
             clients = []
             for _ in range(60):
                 client = socket.socket(socket.AF_UNIX)

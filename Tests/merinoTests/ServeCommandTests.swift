@@ -163,7 +163,11 @@ import Testing
             os.set_blocking(writing, True)
             server = subprocess.Popen(
                 [sys.argv[1], "serve", "-t", "-v", "-k", "s", "-f", "raw", "a.raw"], stderr=writing)
-            while not os.path.exists("s"): time.sleep(0.01)
+            for _ in range(6000):
+                try:
+                    with socket.socket(socket.AF_UNIX) as probe: probe.connect("s")
+                    break
+                except OSError: time.sleep(0.01)
             for _ in range(3):
                 with socket.socket(socket.AF_UNIX) as client:
                     client.connect("s")
