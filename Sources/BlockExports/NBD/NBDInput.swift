@@ -9,6 +9,10 @@ struct NBDInput {
     private static let bufferCapacity = 256 << 10
     /// Less room than this is not worth a receive.
     private static let roomMin = 4 << 10
+    /// Behind as much of a payload what follows is received with it. The client goes on sending while the
+    /// request is carried out then, instead of waiting until there is room in the socket. Shorter ones would
+    /// hold buffers that are much larger than themselves.
+    private static let aheadMin = 64 << 10
 
     private var buffer: IOBuffer
     private var start = 0
@@ -83,19 +87,29 @@ struct NBDInput {
         _ count: Int, from channel: any NBDChannel
     ) async throws(BlockError) -> IOVector {
         let here = min(count, available)
-        var result = IOVector(IOSlice(buffer, start, here))
+        var result = here > 0 ? IOVector(IOSlice(buffer, start, here)) : IOVector()
         start += here
         guard here < count else { return result }
         let rest = try IOVector(allocating: count - here)
+        let isLong = rest.count >= Self.aheadMin
+        if isLong {
+            if !isKnownUniquelyReferenced(&buffer) {
+                buffer = try IOBuffer(count: Self.bufferCapacity)
+            }
+            start = 0
+            end = 0
+        }
         var done = 0
         while done < rest.count {
-            let part = try await channel.receive(
-                rest.slice(done, rest.count - done), isLikelyThere: true)
+            var room = done == 0 ? rest : rest.slice(done, rest.count - done)
+            if isLong { room.append(IOVector(buffer.prefix(buffer.capacity))) }
+            let part = try await channel.receive(room, isLikelyThere: true)
             guard part > 0 else {
                 throw BlockError(.disconnected, "the client went away in the middle of a request")
             }
             done += part
         }
+        if isLong { end = done - rest.count }
         result.append(rest)
         return result
     }
