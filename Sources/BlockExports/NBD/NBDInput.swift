@@ -9,7 +9,7 @@ struct NBDInput {
     private static let bufferCapacity = 256 << 10
     /// Less room than this is not worth a receive.
     private static let roomMin = 4 << 10
-    /// Behind as much of a payload what follows is received with it. The client goes on sending while the
+    /// Behind a payload of as much what follows is received with its rest. The client goes on sending while the
     /// request is carried out then, instead of waiting until there is room in the socket. Shorter ones would
     /// hold buffers that are much larger than themselves.
     private static let aheadMin = 64 << 10
@@ -91,7 +91,7 @@ struct NBDInput {
         start += here
         guard here < count else { return result }
         let rest = try IOVector(allocating: count - here)
-        let isLong = rest.count >= Self.aheadMin
+        let isLong = count >= Self.aheadMin
         if isLong {
             if !isKnownUniquelyReferenced(&buffer) {
                 buffer = try IOBuffer(count: Self.bufferCapacity)
