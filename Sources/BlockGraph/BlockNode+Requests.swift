@@ -379,7 +379,7 @@ extension BlockNode {
         }
         synchronisations.end(synchronisation)
         guard description.kind == .storage else { return }
-        await synchronisations.untilOthersEnd()
+        await synchronisations.untilBegunEnd()
         try checkFlushes()
     }
 

@@ -64,7 +64,8 @@ public final class BlockNode: @unchecked Sendable {
     /// Invariant: once set it stays; every later flush, durable write and the closing report it (design: a
     /// failed flush is sticky).
     var flushFailure: BlockError?
-    let synchronisations = SynchronisationsInFlight()
+    /// Flushes, and writes that the driver makes durable.
+    let synchronisations = OperationsInFlight()
     /// Something was changed after the last flush began.
     var changedSinceFlush = false
     /// Bytes past this were never written through this node.

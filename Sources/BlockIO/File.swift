@@ -36,11 +36,8 @@ public final class File: @unchecked Sendable {
     public var isStreaming = false
     private var readWindow = StreamWindow()
     private var writeWindow = StreamWindow()
-    /// Parts that are being dropped, by numbers in the order of their beginnings, and who waits for them
-    /// to become fewer.
-    private var drops: Set<Int> = []
-    private var dropsBegun = 0
-    private let dropEnd = WaitQueue()
+    /// Parts that are being dropped from the page cache.
+    private let drops = OperationsInFlight()
     /// What was written and did not get to the storage when it was dropped from the page cache. The system
     /// told of it then, and does so once.
     private var writeBackFailure: BlockError?
@@ -119,16 +116,16 @@ public final class File: @unchecked Sendable {
 
     /// Returns when nothing is under way but requests.
     public func settle() async {
-        await untilDrops(atMost: 0)
+        await drops.until(atMost: 0)
     }
     /// Whether nothing is.
-    public var isSettled: Bool { drops.isEmpty }
+    public var isSettled: Bool { drops.count == 0 }
 
     /// Closes the file once. What was not synchronised is not made durable by this.
     public func close() async {
         guard !isClosed else { return }
         isClosed = true
-        await untilDrops(atMost: 0)
+        await drops.until(atMost: 0)
         let (system, handle) = (thread.system, handle)
         await thread.offload { system.close(handle) }
         owner = nil
@@ -255,9 +252,7 @@ public final class File: @unchecked Sendable {
     private func pass(_ range: ByteRange, written: Bool) async {
         let behind = written ? writeWindow.note(range) : readWindow.note(range)
         guard let behind, !isDirect, !isClosed else { return }
-        dropsBegun += 1
-        let number = dropsBegun
-        drops.insert(number)
+        let number = drops.begin()
         let (system, handle) = (thread.system, handle)
         thread.spawn {
             let error = await self.thread.offload {
@@ -267,14 +262,9 @@ public final class File: @unchecked Sendable {
                 self.writeBackFailure = .system(
                     "cannot write '\(self.path)' back at \(behind.offset)", error)
             }
-            self.drops.remove(number)
-            self.dropEnd.wakeAll()
+            self.drops.end(number)
         }
-        await untilDrops(atMost: Self.dropCountMax)
-    }
-
-    private func untilDrops(atMost limit: Int) async {
-        while drops.count > limit { await dropEnd.wait() }
+        await drops.until(atMost: Self.dropCountMax)
     }
 
     /// The system's answer that all is on storage says nothing of what it told to one that was dropping
@@ -282,8 +272,7 @@ public final class File: @unchecked Sendable {
     ///
     /// - Throws: when a part did not get there, now or before.
     private func checkWriteBack() async throws(BlockError) {
-        let last = dropsBegun
-        while drops.contains(where: { $0 <= last }) { await dropEnd.wait() }
+        await drops.untilBegunEnd()
         if let writeBackFailure { throw writeBackFailure }
     }
 

@@ -99,7 +99,7 @@ struct FleeceCommand: ParsableCommand {
     private func fleece(
         node: String, _ executor: any QMPExecutor, _ interruption: FleeceInterruption
     ) async throws(BlockError) {
-        let path = try temporaryPath()
+        let path = temporaryPath
         let session = FleeceSession(
             of: node, exportName: exportName, temporaryPath: path, executor: executor)
         if stop {
@@ -247,17 +247,12 @@ struct FleeceCommand: ParsableCommand {
     }
 
     /// Where the temporary image is made: absolute, for the daemon has a working directory of its own.
-    private func temporaryPath() throws(BlockError) -> String {
+    private var temporaryPath: String {
         guard let temp else {
             let number = String(UInt64.random(in: 0 ... .max), radix: 36)
             return "\(Self.temporaryFolder)/merino-fleece-\(getpid())-\(number).img"
         }
-        if temp.hasPrefix("/") { return temp }
-        guard let folder = getcwd(nil, 0) else {
-            throw .system("cannot tell the working directory", errno)
-        }
-        defer { free(folder) }
-        return String(cString: folder) + "/" + temp
+        return WorkingFolder.absolute(temp)
     }
 
     /// The daemon's user, to whom the temporary image is given: its socket tells who that is.

@@ -48,6 +48,14 @@ import Testing
         #expect(!flags.contains(.zero))
     }
 
+    /// Puts a snapshot on `disk`, with `temp` as its target.
+    private static func freeze(_ setup: SimulatedGraph) async throws(BlockError) {
+        try await setup.open([
+            "driver": "copy-before-write", "node-name": "cbw", "file": "disk", "target": "temp",
+        ])
+        try await setup.open(["driver": "snapshot-access", "node-name": "snap", "file": "cbw"])
+    }
+
     /// A target above the disk itself shows the disk's zeroes as long as they are there.
     @Test func zeroesThatTheTargetShowsOfTheDiskAreCopied() async throws {
         let simulation = Simulation(seed: 1)
@@ -65,12 +73,7 @@ import Testing
             try await setup.open([
                 "driver": "qcow2", "node-name": "temp", "file": image("/temp"), "backing": "disk",
             ])
-            try await setup.open([
-                "driver": "copy-before-write", "node-name": "cbw", "file": "disk",
-                "target": "temp",
-            ])
-            try await setup.open(
-                ["driver": "snapshot-access", "node-name": "snap", "file": "cbw"])
+            try await Self.freeze(setup)
             let guest = try setup.use("cbw")
             try await setup.write(guest, 70_000, 1000, 7)
             return [
@@ -103,12 +106,7 @@ import Testing
             ])
             try await setup.open(
                 ["driver": "qcow2", "node-name": "temp", "file": image("/temp")])
-            try await setup.open([
-                "driver": "copy-before-write", "node-name": "cbw", "file": "disk",
-                "target": "temp",
-            ])
-            try await setup.open(
-                ["driver": "snapshot-access", "node-name": "snap", "file": "cbw"])
+            try await Self.freeze(setup)
             let guest = try setup.use("cbw")
             let flags = try await guest.chainStatus(ByteRange(0, size)).flags
             try await guest.writeZeroes(ByteRange(0, size))

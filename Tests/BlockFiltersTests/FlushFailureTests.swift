@@ -36,6 +36,33 @@ import Glibc
         }
     }
 
+    /// Runs `body` with a disk in a file of which something was written and nothing flushed.
+    private static func withWrittenFile<T: Sendable>(
+        _ body:
+            @escaping @Sendable (Simulation, SimulatedGraph, Edge) async throws(BlockError) -> T
+    ) async throws -> T {
+        let simulation = Simulation(seed: 1, .calm)
+        simulation.disk.addFile("/a", size: size)
+        return try await SimulatedGraph.with(simulation) { setup throws(BlockError) in
+            try await setup.open([
+                "driver": "raw", "node-name": "disk",
+                "file": ["driver": "file", "filename": "/a"],
+            ])
+            let edge = try setup.use("disk")
+            try await setup.write(edge, 0, 65536, 1)
+            return try await body(simulation, setup, edge)
+        }
+    }
+
+    /// Closes the disk, which may fail as flushes did.
+    private static func close(
+        _ setup: SimulatedGraph, _ edge: Edge
+    ) async throws(BlockError) -> BlockError.Code? {
+        try await setup.leave(edge)
+        let node = try setup.graph.requireNode(named: "disk")
+        return await code { () throws(BlockError) in try await setup.graph.remove(node) }
+    }
+
     private static func code(
         _ body: () async throws(BlockError) -> Void
     ) async -> BlockError.Code? {
@@ -65,11 +92,7 @@ import Glibc
             ]
             // One that promises nothing.
             try await setup.write(edge, 0, 4096, 2)
-            try await setup.leave(edge)
-            let node = try setup.graph.requireNode(named: "disk")
-            return codes + [
-                await Self.code { () throws(BlockError) in try await setup.graph.remove(node) }
-            ]
+            return codes + [try await Self.close(setup, edge)]
         }
         #expect(codes == Array(repeating: .inputOutput, count: 5))
     }
@@ -79,15 +102,7 @@ import Glibc
     func aDurableChangeThatIsToldOfALossMakesFlushesAndTheEndFail(
         error: Int32, isZeroing: Bool
     ) async throws {
-        let simulation = Simulation(seed: 1, .calm)
-        simulation.disk.addFile("/a", size: Self.size)
-        let codes = try await SimulatedGraph.with(simulation) { setup throws(BlockError) in
-            try await setup.open([
-                "driver": "raw", "node-name": "disk",
-                "file": ["driver": "file", "filename": "/a"],
-            ])
-            let edge = try setup.use("disk")
-            try await setup.write(edge, 0, 65536, 1)
+        let codes = try await Self.withWrittenFile { simulation, setup, edge throws(BlockError) in
             simulation.faults = [
                 FaultRule(isZeroing ? .synchronize : .write, path: "/a", .fail(error), times: 1)
             ]
@@ -102,11 +117,7 @@ import Glibc
                 await Self.code { () throws(BlockError) in try await edge.flush() },
                 await Self.code { () throws(BlockError) in try await edge.flush() },
             ]
-            try await setup.leave(edge)
-            let node = try setup.graph.requireNode(named: "disk")
-            return codes + [
-                await Self.code { () throws(BlockError) in try await setup.graph.remove(node) }
-            ]
+            return codes + [try await Self.close(setup, edge)]
         }
         let expected = BlockError.Code(systemError: error)
         #expect(codes == Array(repeating: expected, count: 4))
@@ -116,15 +127,7 @@ import Glibc
     @Test(arguments: [false, true]) func aLossToldToOneIsToldToAFlushBesideIt(
         isWrite: Bool
     ) async throws {
-        let simulation = Simulation(seed: 1, .calm)
-        simulation.disk.addFile("/a", size: Self.size)
-        let codes = try await SimulatedGraph.with(simulation) { setup throws(BlockError) in
-            try await setup.open([
-                "driver": "raw", "node-name": "disk",
-                "file": ["driver": "file", "filename": "/a"],
-            ])
-            let edge = try setup.use("disk")
-            try await setup.write(edge, 0, 65536, 1)
+        let codes = try await Self.withWrittenFile { simulation, setup, edge throws(BlockError) in
             simulation.faults = [
                 FaultRule(isWrite ? .write : .synchronize, path: "/a", .fail(EIO), times: 1)
             ]
@@ -133,24 +136,14 @@ import Glibc
                 try await Self.durableWrite(edge)
             }
             let codes = await setup.together([isWrite ? write : flush, flush]).map(\.code)
-            try await setup.leave(edge)
-            let node = try setup.graph.requireNode(named: "disk")
-            _ = await Self.code { () throws(BlockError) in try await setup.graph.remove(node) }
+            _ = try await Self.close(setup, edge)
             return codes
         }
         #expect(codes == [.inputOutput, .inputOutput])
     }
 
     @Test func aDurableWriteThatFindsNoSpaceForItselfLeavesFlushesAlone() async throws {
-        let simulation = Simulation(seed: 1, .calm)
-        simulation.disk.addFile("/a", size: Self.size)
-        let codes = try await SimulatedGraph.with(simulation) { setup throws(BlockError) in
-            try await setup.open([
-                "driver": "raw", "node-name": "disk",
-                "file": ["driver": "file", "filename": "/a"],
-            ])
-            let edge = try setup.use("disk")
-            try await setup.write(edge, 0, 65536, 1)
+        let codes = try await Self.withWrittenFile { simulation, setup, edge throws(BlockError) in
             simulation.faults = [FaultRule(.write, path: "/a", .fail(ENOSPC))]
             let first = await Self.code { () throws(BlockError) in
                 try await Self.durableWrite(edge)
